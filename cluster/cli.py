@@ -1,0 +1,257 @@
+"""The `rayfold` command. Each verb checks what it is given, calls one function of the house, and says how it went.
+
+Exit status: 0 done (also when stopped on request), 1 the run failed, 2 the command or the configuration is wrong,
+130 stopped at once by a second Ctrl-C.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from ..runtime.config import ConfigError, RunConfig, documented_keys, read_config, write_toml
+from ..runtime.journal import write_atomically
+from ..runtime.plan import RunPlan, make_run_plan
+from ..runtime.resume import check_goes_on, newest_step
+
+app = typer.Typer(
+    name="rayfold",
+    help="Train large models on a Ray cluster, or on this laptop, by the same command.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="TOML file; see `rayfold config` for every key.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys put over the file, as in optim.lr=1e-3 run.steps=500.", metavar="KEY=VALUE"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+
+
+class _WithKeys(TyperCommand):
+    """A command whose help ends with every configuration key."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        Console().print(_keys_table())
+
+
+@app.command(cls=_WithKeys)
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print configuration, layout and memory per rank; start nothing."),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Start a run, or go on where its folder stands: the same command does both."""
+    plan = _plan(config, overrides)
+    search_path = [str(config.resolve().parent), os.getcwd()]
+    sys.path[:0] = [folder for folder in search_path if folder not in sys.path]
+    if dry_run:
+        _dry_run(plan, as_json=as_json)
+        return
+    run = plan.config.run
+    run_dir = plan.config.run_dir
+    check_goes_on(run_dir, plan.config)
+    if newest_step(run_dir) >= run.steps:
+        _say(f"{run_dir} is finished at step {newest_step(run_dir)}; raise run.steps to train further", quiet)
+        _end(json.loads((run_dir / "summary.json").read_text()), as_json=as_json, quiet=quiet)
+        return
+    _check_source(plan)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.toml", write_toml(plan.config))
+    from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
+
+    _end(launch(plan, search_path=search_path, quiet=quiet), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def config(as_json: AsJson = False) -> None:
+    """Document every configuration key: type, default, unit."""
+    if as_json:
+        keys = [{**vars(key), "default": _default(key.default)} for key in documented_keys()]
+        print(json.dumps({"keys": keys}))
+        return
+    Console().print(_keys_table())
+
+
+@data_app.command("tokenize")
+def tokenize(
+    source: Annotated[str, typer.Argument(help='File, folder, glob, or "stdlib".')],
+    out: Annotated[Path, typer.Argument(help="Folder for tokenizer.json, index.json and the shards.")],
+    vocab_size: Annotated[
+        int, typer.Option(help="Size of the vocabulary that is trained, in tokens.")
+    ] = 8192,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Use this tokenizer.json instead of training one.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column or key of the text.")] = "text",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a byte-level BPE on a source and write it as tokenized shards; run again to go on after an interruption."""
+    from .tokenize import run_tokenize
+
+    summary = run_tokenize(
+        source, out, vocab_size=vocab_size, tokenizer=tokenizer, column=column, quiet=quiet
+    )
+    _result(summary, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the weights.")],
+    to: Annotated[str, typer.Option("--to", help="Format: hf (Hugging Face Llama).")] = "hf",
+    as_json: AsJson = False,
+) -> None:
+    """Write the newest checkpoint of a run as standard weights."""
+    if to != "hf":
+        raise ConfigError(f'--to {to}: only "hf" is known')
+    from .export import export_run
+
+    _result(export_run(run, out), as_json=as_json, quiet=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default RUN/report.html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from ..runtime.report import write_report
+
+    _result({"report": str(write_report(run, out))}, as_json=as_json, quiet=False)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong as the last lines of standard error; returns the exit status."""
+    if hasattr(error, "format_message"):  # how typer reports a wrong command line
+        errors.print(f"rayfold: {error.format_message()}", markup=False)
+        return 2
+    if (
+        isinstance(error, ValueError) and type(error) is not ValueError
+    ):  # the user's mistakes, each with its own type
+        errors.print(str(error), markup=False)
+        return 2
+    if type(error).__name__ == "StoppedAtOnce":
+        errors.print("stopped at once; the last durable checkpoint stands", markup=False)
+        return 130
+    if isinstance(error, RuntimeError | OSError):
+        errors.print(f"rayfold: {error}", markup=False)
+        return 1
+    raise error
+
+
+def _plan(path: Path, overrides: list[str] | None) -> RunPlan:
+    asked = read_config(path, overrides or [])
+    gpus = 0
+    if asked.run.device != "cpu" and asked.run.workers == "auto" or asked.run.device != "cpu":
+        gpus = _local_gpus(asked)
+    return make_run_plan(asked, cpus=os.cpu_count() or 1, gpus=gpus)
+
+
+def _local_gpus(config: RunConfig) -> int:
+    """GPUs of this machine by Ray's own count, without importing torch."""
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+def _check_source(plan: RunPlan) -> None:
+    """Find a missing or empty source in the first second; a cluster's machines may see other files, so there it waits."""
+    if plan.config.run.address == "local":
+        from ..runtime.data.blocks import list_blocks
+
+        list_blocks(plan.config.data)
+
+
+def _dry_run(plan: RunPlan, *, as_json: bool) -> None:
+    from ..runtime.memory import estimate_memory
+
+    memory = estimate_memory(plan)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "config": plan.config.to_dict(),
+                    "layout": vars(plan.layout),
+                    "memory_per_rank": memory.as_dict(),
+                }
+            )
+        )
+        return
+    print(write_toml(plan.config))
+    print(f"# layout: {plan.layout}, {plan.layout.world_size} ranks on {plan.device}")
+    for name, size in memory.as_dict().items():
+        print(f"# memory per rank: {name:>12} {size / 2**20:12,.1f} MiB")
+
+
+def _keys_table() -> Table:
+    table = Table(title="Configuration keys (file: [section] key = value; command line: section.key=value)")
+    for column in ("key", "type", "default", "unit", "meaning"):
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
+    for key in documented_keys():
+        default = _default(key.default)
+        shown = "" if default is None else json.dumps(default)
+        table.add_row(f"{key.section}.{key.name}", key.type, shown, key.unit, key.doc)
+    return table
+
+
+def _default(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _end(summary: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Report a run's summary; exits with 1 and the verdict as the last line when it failed."""
+    _result(summary, as_json=as_json, quiet=quiet)
+    if summary["status"] == "failed":
+        errors.print(" ".join(str(summary.get("verdict", "failed")).split()), markup=False)
+        raise typer.Exit(1)
+
+
+def _result(values: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+    elif not quiet:
+        for key, value in values.items():
+            print(f"{key:>14}  {value}")
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        errors.print(text, markup=False)
+
+
+if __name__ == "__main__":
+    main()

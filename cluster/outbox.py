@@ -1,0 +1,70 @@
+"""From a rank to the controller: lines are queued on the step path and pushed in batches by a thread of their own."""
+
+import threading
+from typing import Any
+
+import ray
+
+from ..runtime.journal import EventKind
+
+PUSH_EVERY_S = 0.2  # how stale the progress line may be
+FLUSH_TIMEOUT_S = 60.0  # a controller that does not answer this long is gone, and Ray ends its workers
+
+
+class Outbox:
+    """Implements `runtime.trainer.Recorder`. Metrics of rank 0 speak for all ranks; events are told by whoever has them."""
+
+    def __init__(self, controller: Any, *, rank: int) -> None:
+        self._controller = controller
+        self._rank = rank
+        self._lines: list[tuple[str, dict[str, Any]]] = []
+        self._told = self._pushed = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._push_all, name="outbox", daemon=True)
+        self._thread.start()
+
+    def metric(self, values: dict[str, Any]) -> None:
+        """One optimizer step."""
+        if self._rank == 0:
+            self._tell("metric", values)
+
+    def event(self, kind: EventKind, step: int, **fields: Any) -> None:
+        """Something worth remembering."""
+        self._tell("event", {"kind": kind, "step": step, **fields})
+
+    def flush(self) -> None:
+        """Return when the controller has written down all that was told. Raises TimeoutError when it does not."""
+        with self._changed:
+            goal = self._told
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._pushed >= goal, FLUSH_TIMEOUT_S):
+                raise TimeoutError(
+                    f"the controller wrote nothing down for {FLUSH_TIMEOUT_S:.0f} s; is its process gone?"
+                )
+
+    def close(self) -> None:
+        """Push what is left and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(FLUSH_TIMEOUT_S)
+
+    def _tell(self, what: str, values: dict[str, Any]) -> None:
+        with self._changed:
+            self._lines.append((what, values))
+            self._told += 1
+
+    def _push_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait(PUSH_EVERY_S)
+                lines, self._lines = self._lines, []
+                closed = self._closed
+            if lines:
+                ray.get(self._controller.record.remote(lines), timeout=FLUSH_TIMEOUT_S)
+                with self._changed:
+                    self._pushed += len(lines)
+                    self._changed.notify_all()
+            if closed and not self._lines:
+                return

@@ -1,0 +1,100 @@
+"""A connection to Ray for the length of one command: an embedded cluster of its own, or a running one.
+
+An embedded cluster listens under a random token, keeps its files in a folder of its own and is ended by the reaper
+(`reaper.py`) whatever happens to the command. Nothing of a joined cluster is started or stopped.
+"""
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from . import reaper
+
+OBJECT_STORE_BYTES = 100 << 20  # commands and metrics only; Ray's default would take a third of the memory
+REAPER_WAIT_S = 15.0
+
+
+class SessionError(RuntimeError):
+    """No Ray to run on."""
+
+
+@contextmanager
+def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
+    """Be connected to Ray inside the `with`. Raises SessionError when a cluster at `address` cannot be joined.
+
+    `address` is "local" for an embedded cluster of `cpus` and `gpus`, else what `ray.init` takes.
+    """
+    # Ray reads these when it is initialised; a user's own setting stays
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
+    )  # workers use this environment, not a rebuilt one
+    if address == "local":
+        with _embedded(cpus=cpus, gpus=gpus, namespace=namespace):
+            yield
+        return
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SessionError(
+            f'run.address = "{address}": no Ray cluster can be joined there ({_one_line(error)}); start one with '
+            f'"ray start --head", or set run.address="local"'
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _embedded(*, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
+    folder = tempfile.mkdtemp(
+        prefix="rayfold-"
+    )  # short: Ray keeps sockets in it, whose paths end at 107 characters
+    read_end, write_end = os.pipe()
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", reaper.__file__, folder, str(read_end)],
+        pass_fds=[read_end],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    os.close(read_end)
+    os.set_inheritable(write_end, False)
+    os.environ[reaper.MARK] = folder
+    # Ray guards a new cluster with a token; without one given it would write one into the home folder, for good
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            namespace=namespace,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        del os.environ[reaper.MARK]
+        os.close(write_end)
+        try:
+            watcher.wait(REAPER_WAIT_S)
+        except subprocess.TimeoutExpired:
+            watcher.kill()
+            raise SessionError(
+                f"processes of the Ray session in {folder} would not end; see ps and remove it"
+            ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,148 @@
+"""From what went wrong on the ranks to one sentence: who, where, when, why.
+
+When a rank fails its peers fail too, later, with "connection closed". The verdict names the first cause: a failure that is
+no consequence of a lost peer comes before one that is, and among equals the earlier comes first.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+FRAMES_SHOWN = 3
+_PEER_LOST = (
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "connection refused",
+    "socket closed",
+    "peer",
+    "timed out",
+)
+_LIBRARIES = (
+    "site-packages",
+    "dist-packages",
+    "<frozen",
+    f"{sys.prefix}/lib/python",
+    f"{sys.base_prefix}/lib/python",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's end: an exception, or a death that left none."""
+
+    rank: int
+    step: int
+    kind: str  # the exception's type, or "died"
+    message: str
+    time_unix: float
+    frames: list[str] = field(default_factory=list)  # last frames in the user's code, innermost last
+    traceback: str = ""
+
+    @property
+    def lost_peer(self) -> bool:
+        """Whether this looks like the consequence of another rank's end."""
+        text = self.message.lower()
+        is_comm = self.kind in (
+            "DistBackendError",
+            "DistNetworkError",
+            "DistStoreError",
+            "CheckpointException",
+        )
+        return is_comm or (self.kind == "RuntimeError" and any(sign in text for sign in _PEER_LOST))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ended a run, for people (`sentence`) and for programs."""
+
+    sentence: str
+    ranks: list[int]
+    cls: str  # "exception", "died", "silent" or "start"
+    step: int
+    evidence: dict[str, Any]
+
+    def as_event(self) -> dict[str, Any]:
+        """The fields of a `verdict` event."""
+        values = asdict(self)
+        return {
+            "sentence": self.sentence,
+            "ranks": self.ranks,
+            "class": self.cls,
+            "evidence": values["evidence"],
+        }
+
+
+def failure_of(error: BaseException, *, rank: int, step: int, time_unix: float) -> Failure:
+    """Describe an exception as a value that survives the process."""
+    return Failure(
+        rank=rank,
+        step=step,
+        kind=type(error).__name__,
+        message=str(error).strip() or repr(error),
+        time_unix=time_unix,
+        frames=user_frames(error.__traceback__),
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def user_frames(trace: TracebackType | None) -> list[str]:
+    """The innermost frames that are not a library's; all frames count when every one is."""
+    frames = traceback.extract_tb(trace)
+    own = [f for f in frames if not any(part in f.filename for part in _LIBRARIES)] or list(frames)
+    return [f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}" for f in own[-FRAMES_SHOWN:]]
+
+
+def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = None) -> Verdict:
+    """Name the first cause among the failures of a run (at least one).
+
+    `missing` are the ranks that have not failed, and whether each still answers: when all that failed only lost a peer,
+    the missing ones are the culprits.
+    """
+    ranked = sorted(failures, key=lambda f: (f.lost_peer, f.time_unix))
+    first = ranked[0]
+    if first.lost_peer and missing:
+        return _hang(first, missing)
+    when = f"at step {first.step}" if first.step else "before the first step"
+    if first.kind == "died":
+        sentence = f"rank {first.rank} died {when}: {first.message}"
+    else:
+        where = f" ({first.frames[-1]})" if first.frames else ""
+        sentence = f"rank {first.rank} failed {when}: {first.kind}: {_one_line(first.message)}{where}"
+    also = sorted({f.rank for f in ranked[1:]} - {first.rank})
+    return Verdict(
+        sentence=sentence,
+        ranks=[first.rank],
+        cls="died" if first.kind == "died" else "exception",
+        step=first.step,
+        evidence={
+            "exception": first.kind,
+            "message": first.message,
+            "frames": first.frames,
+            "traceback": first.traceback,
+            "followed_by_ranks": also,
+        },
+    )
+
+
+def _hang(first: Failure, missing: Mapping[int, bool]) -> Verdict:
+    ranks = sorted(missing)
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    how = "is alive but stuck" if all(missing.values()) else "does not answer"
+    sentence = (
+        f"{who} did not come to step {first.step} ({how}); rank {first.rank} waited until {first.kind}: "
+        f"{_one_line(first.message)}"
+    )
+    evidence = {
+        "exception": first.kind,
+        "message": first.message,
+        "answers": {str(r): missing[r] for r in ranks},
+    }
+    return Verdict(sentence, ranks, "silent", first.step, evidence)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

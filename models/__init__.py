@@ -1,0 +1,1 @@
+"""Plain modules, and each family's configuration."""

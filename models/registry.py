@@ -1,0 +1,68 @@
+"""From the `[model]` section to a module, for the built-in family and for a user's own factory.
+
+A factory is called as `factory(vocab_size=..., **fields)` with the keys of the section, and returns a module with
+`forward(tokens, *, positions, document_ids) -> logits [B, S, V]` (all inputs [B, S]). Members of its `nn.ModuleList`s are
+the units that are sharded and recomputed. A module may say how its parameters start with `initial(name)` (see
+`parallel/initial.py`); without it, the numbers its constructor draws are used, the same on every rank.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .llama import Llama
+from .llama_config import LlamaConfig, LlamaShape
+
+
+class ModelError(ValueError):
+    """The configured model cannot be built."""
+
+
+def llama_shape(config: LlamaConfig, vocab_size: int) -> LlamaShape:
+    """The configured shape with the tokenizer's vocabulary filled in. Raises ModelError when the two disagree."""
+    shape = config.shape()
+    if shape.vocab_size == 0:
+        return replace(shape, vocab_size=vocab_size)
+    if shape.vocab_size < vocab_size:
+        raise ModelError(
+            f"model.vocab_size = {shape.vocab_size}, but the tokenizer has {vocab_size} tokens, so some would have no "
+            f"embedding: set model.vocab_size=0 to take the tokenizer's, or choose the tokenizer of these weights"
+        )
+    return shape
+
+
+def load_factory(name: str, fields: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """Import `package.module:factory` and check that it takes `vocab_size` and the given fields.
+
+    Raises ModelError when it cannot be imported or called so.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ModelError(
+            f'model.family = "{name}": {module_name} cannot be imported ({error}); put it beside the configuration '
+            f"file, in the working directory, or install it"
+        ) from error
+    except AttributeError:
+        public = [key for key in vars(importlib.import_module(module_name)) if not key.startswith("_")]
+        raise ModelError(
+            f'model.family = "{name}": {module_name} has no {attribute}; it has {", ".join(public)}'
+        ) from None
+    try:
+        inspect.signature(factory).bind(vocab_size=0, **fields)
+    except TypeError as error:
+        takes = ", ".join(p for p in inspect.signature(factory).parameters if p != "vocab_size")
+        raise ModelError(f'model.family = "{name}": {error}; beside vocab_size it takes: {takes}') from None
+    return factory
+
+
+def build_model(family: str, config: LlamaConfig | Mapping[str, Any], *, vocab_size: int) -> nn.Module:
+    """Build the module on the current default device; a Llama's parameters are left to `initial`."""
+    if isinstance(config, LlamaConfig):
+        return Llama(llama_shape(config, vocab_size))
+    return load_factory(family, config)(vocab_size=vocab_size, **config)

@@ -1,0 +1,1 @@
+"""The layout, its process groups, and what shards and communicates."""

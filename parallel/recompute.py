@@ -1,0 +1,39 @@
+"""Recompute: what the backward pass computes again instead of keeping it (arXiv 1604.06174, 2205.05198)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Results worth their memory: matrix products and attention cost more to compute again than to keep.
+_KEPT = frozenset(
+    op.default
+    for op in (
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten.bmm,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+    )
+)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_recompute(blocks: list[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
+    """Make each block recompute its forward in the backward pass; names and states of the blocks stay as they are."""
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        forward: Callable[..., Any] = block.forward
+        block.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]

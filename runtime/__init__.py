@@ -1,0 +1,1 @@
+"""The run itself, under any launcher: configuration, data, state, step, checkpoints, trainer."""

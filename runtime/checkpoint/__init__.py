@@ -1,0 +1,1 @@
+"""Durable checkpoints: what is written, when it counts, and how it comes back under any layout."""

@@ -1,0 +1,152 @@
+"""Save while training goes on, load the newest that is whole.
+
+Saving copies the tensors once (the only part that training waits for) and writes from a thread with its own process group.
+Loading tries the newest committed checkpoint first and falls back to older ones when it is damaged; all ranks agree.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
+
+from ...parallel.collectives import gather_json
+from ..optim.adamw import local_of
+from ..state import TrainState
+from .format import DamagedCheckpoint
+from .shelf import Shelf
+from .storage import FolderReader, FolderWriter
+
+
+class NoCheckpointLeft(RuntimeError):
+    """Checkpoints exist, and none of them is whole."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded, and what could not be."""
+
+    step: int
+    damaged: list[str] = field(default_factory=list)
+
+
+class Checkpointer:
+    """Saves and loads a `TrainState`; every method is called by all ranks in the same order."""
+
+    def __init__(
+        self, shelf: Shelf, group: dist.ProcessGroup, on_commit: Callable[[int, float], None]
+    ) -> None:
+        """`group` is used by the writing thread alone; `on_commit(step, seconds)` runs on rank 0 just before it counts."""
+        self._shelf = shelf
+        self._group = group
+        self._on_commit = on_commit
+        self._copies: dict[str, torch.Tensor] = {}
+        self._writing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState) -> float:
+        """Copy the state and start writing it; returns the seconds that training waited."""
+        started = time.perf_counter()
+        self._join()
+        copies = self._copy(state.tensors())
+        progress = state.progress_values()
+        stall = time.perf_counter() - started
+        self._writing = threading.Thread(
+            target=self._write, args=(copies, progress), name="checkpoint", daemon=True
+        )
+        self._writing.start()
+        return stall
+
+    def take_error(self) -> BaseException | None:
+        """What stopped the last finished write, once; the previous checkpoint still stands."""
+        error, self._error = self._error, None
+        return error
+
+    def wait(self) -> None:
+        """Wait until the last save is durable. Raises what stopped it."""
+        self._join()
+        if (error := self.take_error()) is not None:
+            raise error
+
+    def load(self, state: TrainState) -> Loaded | None:
+        """Load the newest whole checkpoint into `state`; None when there is none at all.
+
+        Raises NoCheckpointLeft when there are some and all are damaged: starting anew would bury them.
+        """
+        device = next(state.model.parameters()).device
+        candidates: list[int] = gather_json(self._shelf.steps(), dist.group.WORLD, device)[0]
+        damaged: list[str] = []
+        for step in candidates:
+            reader = FolderReader(self._shelf.path(step))
+            try:
+                dcp.load(state.tensors(), storage_reader=reader)
+            except CheckpointException as error:
+                damaged.append(f"step {step}: {_first_cause(error)}")
+                continue
+            progress = gather_json(reader.index.progress if _is_first() else None, dist.group.WORLD, device)[
+                0
+            ]
+            state.set_progress(progress)
+            return Loaded(step, damaged)
+        if damaged:
+            raise NoCheckpointLeft(
+                f"none of the checkpoints in {self._shelf.folder} is whole: {'; '.join(damaged)}. Restore one from a "
+                f"backup, or choose another run.dir to start anew"
+            )
+        return None
+
+    def _write(self, copies: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        partial = self._shelf.partial(progress["step"])
+
+        def commit(folder: Path) -> None:
+            self._on_commit(progress["step"], time.perf_counter() - started)
+            self._shelf.commit(folder)
+
+        try:
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=False)
+            writer = FolderWriter(partial, progress, commit)
+            dcp.save(copies, storage_writer=writer, planner=planner, process_group=self._group)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            self._error = error
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.join()  # bounded by the collective timeout of the group
+            self._writing = None
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies in host memory, laid out as the originals; the memory is kept for the next save."""
+        staged = {}
+        for name, tensor in tensors.items():
+            local = local_of(tensor)
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(local, device="cpu")
+            self._copies[name].copy_(local)
+            # from_local would move the copy back to the mesh's device
+            is_sharded = isinstance(tensor, DTensor)
+            staged[name] = (
+                DTensor(self._copies[name], tensor._spec, requires_grad=False)
+                if is_sharded
+                else self._copies[name]
+            )
+        return staged
+
+
+def _is_first() -> bool:
+    return dist.get_rank() == 0
+
+
+def _first_cause(error: CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return str(cause) if isinstance(cause, DamagedCheckpoint) else f"rank {rank}: {cause!r}"

@@ -1,0 +1,83 @@
+"""The data of a run on its ranks: the index, counted once by all ranks together, and what can go wrong with it.
+
+The index is kept in the run's folder. A run that goes on compares the source with it and refuses a changed one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..parallel.collectives import gather_json
+from ..parallel.mesh import FoldedMesh
+from .data.blocks import list_blocks
+from .data.config import DataConfig
+from .data.dataset import Dataset
+from .data.errors import DataError
+from .data.index import Index
+from .data.scan import BlockCount, scan_blocks
+from .data.tokenizer import Tokenizer, resolve_tokenizer
+from .data.unchanged import check_unchanged
+from .journal import write_atomically
+
+INDEX_FILE = "data-index.json"
+Progress = Callable[[int, int, str], None]
+
+
+class Corpus:
+    """Tokenizer, index and samples of one run."""
+
+    def __init__(self, tokenizer: Tokenizer, index: Index, dataset: Dataset) -> None:
+        self.tokenizer = tokenizer
+        self.index = index
+        self.dataset = dataset
+
+
+def open_corpus(
+    config: DataConfig, mesh: FoldedMesh, run_dir: Path, *, seed: int, progress: Progress | None = None
+) -> Corpus:
+    """Open the source on every rank. Raises DataError on all ranks when any of them finds something wrong."""
+    tokenizer = resolve_tokenizer(config)
+    path = run_dir / INDEX_FILE
+    known = _together(mesh, lambda: _read_known(path, config) if mesh.data_rank == 0 else None)[0]
+    if known is not None:
+        index = Index.from_json(known)
+    else:
+        index = _count_together(config, tokenizer, mesh, progress)
+        if mesh.data_rank == 0:
+            write_atomically(path, index.to_json())
+    return Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed))
+
+
+def _read_known(path: Path, config: DataConfig) -> str | None:
+    """The run's index when it has one; raises DataError when the source is another by now."""
+    if not path.exists():
+        return None
+    text = path.read_text()
+    check_unchanged(Index.from_json(text), config)
+    return text
+
+
+def _count_together(
+    config: DataConfig, tokenizer: Tokenizer, mesh: FoldedMesh, progress: Progress | None
+) -> Index:
+    def scan_share() -> list[dict[str, Any]]:
+        share = list_blocks(config)[mesh.data_rank :: mesh.layout.dp_size]
+        return [count.to_json() for count in scan_blocks(share, config, tokenizer, progress)]
+
+    shares = _together(mesh, scan_share)
+    return Index.assemble(
+        config, tokenizer, [BlockCount.from_json(value) for share in shares for value in share]
+    )
+
+
+def _together(mesh: FoldedMesh, work: Callable[[], Any]) -> list[Any]:
+    """Every rank's result in rank order; a rank's DataError is raised on all, so that none waits for the others."""
+    result: dict[str, Any] = {}
+    try:
+        result["value"] = work()
+    except DataError as error:
+        result["error"] = str(error)
+    results = gather_json(result, mesh.data, mesh.device)
+    if errors := [r["error"] for r in results if "error" in r]:
+        raise DataError(errors[0])
+    return [r["value"] for r in results]

@@ -1,0 +1,1 @@
+"""From files to packed batches: blocks, order, packing, loading."""

@@ -1,0 +1,122 @@
+"""One optimizer step: forward, backward, update; returns a value.
+
+The loss contract: a step yields (sum of token losses, number of valid tokens). Both are summed over every rank that
+carries data and divided once. The count is known before the forward pass, so its sum travels while the model computes,
+and gradients leave the backward pass already divided by it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..parallel.collectives import sum_over
+from ..parallel.mesh import FoldedMesh
+from .data.loader import Batch
+from .data.packing import IGNORED
+from .optim.adamw import ShardedAdamW
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it, so that both clip alike
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was, over all ranks."""
+
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    exposed_comm_s: float  # waiting for the step's own sums (count, loss, norm), stragglers included
+    stop: bool  # some rank was asked to stop; every rank learns it at the same step
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a valid token."""
+        return self.loss_sum / max(self.tokens, 1)
+
+
+def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum of the cross-entropy of all valid tokens of a micro-batch, in fp32: a scalar."""
+    logits = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum", ignore_index=IGNORED
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: ShardedAdamW,
+    microbatches: Sequence[Batch],
+    mesh: FoldedMesh,
+    *,
+    lr: float,
+    clip_norm: float | None,
+    stop: bool = False,
+) -> StepResult:
+    """Train on this rank's micro-batches of one step; every rank of `mesh.data` must call it with as many."""
+    counts = torch.tensor([_valid_tokens(microbatches), int(stop)], dtype=torch.int64, device=mesh.device)
+    pending = sum_over(counts, mesh.data, wait=False)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    waited = 0.0
+    for number, batch in enumerate(microbatches):
+        _reduce_when_last(model, mesh, last=number == len(microbatches) - 1)
+        loss = token_loss(model, batch)
+        if pending is not None:
+            waited += _wait(pending)
+            pending = None
+        (loss / counts[0].clamp(min=1)).backward()
+        loss_sum += loss.detach()
+    grads = optimizer.gradients()
+    sums = torch.stack([loss_sum, _square_sum(grads, mesh)])
+    started = time.perf_counter()
+    sum_over(sums, mesh.data)
+    waited += time.perf_counter() - started
+    grad_norm = sums[1].sqrt()
+    if clip_norm is not None and (scale := clip_norm / (grad_norm.item() + CLIP_EPS)) < 1.0:
+        torch._foreach_mul_(grads, scale)
+    optimizer.step(lr)
+    return StepResult(
+        loss_sum=sums[0].item(),
+        tokens=int(counts[0].item()),
+        grad_norm=grad_norm.item(),
+        exposed_comm_s=waited,
+        stop=bool(counts[1].item()),
+    )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same micro-batch on `device`; on the host's own it is the batch itself."""
+    if device.type == "cpu":
+        return batch
+    names = ("tokens", "labels", "positions", "document_ids")
+    return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
+
+
+def _valid_tokens(microbatches: Sequence[Batch]) -> int:
+    return sum(int((batch.labels != IGNORED).sum()) for batch in microbatches)
+
+
+def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh) -> torch.Tensor:
+    """This rank's part of the squared global norm, in fp64; replicas hold equal shards, so each gives its part."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=mesh.device)
+    norms = torch.stack(torch._foreach_norm(grads)).double()
+    return norms.square().sum() / mesh.layout.dp_replicate
+
+
+def _reduce_when_last(model: nn.Module, mesh: FoldedMesh, *, last: bool) -> None:
+    """Accumulate over micro-batches where memory allows: whole copies wait for the last, shards are reduced each time."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        model.set_requires_gradient_sync(last or mesh.layout.dp_shard > 1)
+        model.set_is_last_backward(last)
+
+
+def _wait(work: torch.distributed.Work) -> float:
+    started = time.perf_counter()
+    work.wait()
+    return time.perf_counter() - started

@@ -1,0 +1,264 @@
+"""The loop of one rank. It holds references and calls; what it calls computes.
+
+The loop is SPMD: every rank runs it, under any launcher, and nothing on the step path talks to anyone but the other ranks.
+What happened is told to a `Recorder`, which must not wait.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..models.llama_config import LlamaConfig
+from ..models.registry import build_model
+from ..parallel.mesh import FoldedMesh, make_mesh
+from ..parallel.parallelize import parallelize
+from .checkpoint.checkpoint import Checkpointer
+from .checkpoint.shelf import Shelf
+from .corpus import Corpus, open_corpus
+from .data.loader import Loader, val_batches
+from .data.order import order_key
+from .evaluate import Validation, evaluate
+from .huggingface import load_weights
+from .journal import EventKind
+from .measure import memory_bytes
+from .optim.adamw import ShardedAdamW
+from .optim.schedule import learning_rate
+from .plan import RunPlan
+from .state import Progress, TrainState
+from .step import StepResult, on_device, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """Where a rank tells what happened; neither method waits for anyone."""
+
+    def metric(self, values: dict[str, Any]) -> Any:
+        """One optimizer step."""
+
+    def event(self, kind: EventKind, step: int, **fields: Any) -> Any:
+        """Something worth remembering."""
+
+    def flush(self) -> None:
+        """Return when all that was told is written down."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank's loop ended."""
+
+    status: str  # "finished" or "stopped"
+    step: int
+
+
+class Trainer:
+    """Trains one rank of `plan` from where the run directory stands to its last step.
+
+    The default process group must be initialised with `plan.layout.world_size` ranks before `run` is called.
+    """
+
+    def __init__(self, plan: RunPlan, recorder: Recorder, stop: threading.Event) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._recorder = recorder
+        self._stop = stop
+        self.step = 0  # the step being trained, for whoever asks while this runs
+        self.phase = "setting up"
+
+    def run(self) -> Outcome:
+        """Train to the end, or until some rank's stop event is set; the last step reached has a durable checkpoint."""
+        mesh = make_mesh(self._plan.layout, _device(self._plan.device))
+        self.phase = "reading the data"
+        corpus = open_corpus(
+            self._config.data,
+            mesh,
+            self._config.run_dir,
+            seed=self._config.run.seed,
+            progress=self._data_progress,
+        )
+        self._tell_skipped(mesh, corpus)
+        self.phase = "building the model"
+        state = self._build_state(mesh, corpus)
+        checkpointer = self._make_checkpointer(mesh)
+        loaded_step = self._resume(mesh, state, checkpointer)
+        with closing(corpus.dataset):
+            status = self._train(mesh, corpus, state, checkpointer)
+        self.phase = "writing the last checkpoint"
+        checkpointer.wait()  # one that failed on the way must not look like one that stands
+        if state.progress.step != loaded_step and state.progress.step not in self._shelf.steps():
+            checkpointer.save(state)
+            checkpointer.wait()
+        return Outcome(status, state.progress.step)
+
+    def _train(self, mesh: FoldedMesh, corpus: Corpus, state: TrainState, checkpointer: Checkpointer) -> str:
+        loader = Loader(
+            corpus.dataset,
+            cursor=state.progress.cursor,
+            batch_size=self._config.batch.size,
+            dp_rank=mesh.data_rank,
+            dp_size=mesh.layout.dp_size,
+            micro_size=self._config.batch.micro(mesh.layout.dp_size),
+            prefetch=self._config.data.prefetch,
+        )
+        with loader:
+            while state.progress.step < self._config.run.steps:
+                if self._one_step(mesh, corpus, state, checkpointer, loader):
+                    return "stopped" if state.progress.step < self._config.run.steps else "finished"
+        return "finished"
+
+    def _one_step(
+        self, mesh: FoldedMesh, corpus: Corpus, state: TrainState, checkpointer: Checkpointer, loader: Loader
+    ) -> bool:
+        """Train, record, validate and save one step; whether some rank asks to stop."""
+        config, started = self._config, time.perf_counter()
+        self.step, self.phase = state.progress.step + 1, "training"
+        batches = [on_device(batch, mesh.device) for batch in loader.next()]
+        data_wait_s = time.perf_counter() - started
+        seed_step(config.run.seed, self.step, mesh.data_rank)
+        lr = learning_rate(config.optim, step=self.step, steps=config.run.steps)
+        clip_norm = config.optim.clip_norm if config.optim.clip == "norm" else None
+        result = train_step(
+            state.model, state.optimizer, batches, mesh, lr=lr, clip_norm=clip_norm, stop=self._stop.is_set()
+        )
+        state.progress = Progress(self.step, loader.cursor, state.progress.tokens + result.tokens)
+        last = self.step == config.run.steps or result.stop
+        due = last or (config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0)
+        stall_s = checkpointer.save(state) if due else 0.0
+        seconds = time.perf_counter() - started
+        validation = self._validate(mesh, corpus, state.model, last=last)
+        self._record(result, validation, lr=lr, seconds=seconds, data_wait_s=data_wait_s, stall_s=stall_s)
+        self._tell_failed_save(checkpointer)
+        return result.stop
+
+    def _validate(
+        self, mesh: FoldedMesh, corpus: Corpus, model: nn.Module, *, last: bool
+    ) -> Validation | None:
+        every = self._config.run.eval_every
+        if not every or (self.step % every and not last):
+            return None
+        self.phase = "validating"
+        batches = val_batches(
+            corpus.dataset,
+            dp_rank=mesh.data_rank,
+            dp_size=mesh.layout.dp_size,
+            micro_size=self._config.batch.micro(mesh.layout.dp_size),
+            limit=self._config.run.eval_samples or None,
+        )
+        return evaluate(model, batches, mesh, corpus.tokenizer.token_bytes)
+
+    def _record(
+        self,
+        result: StepResult,
+        validation: Validation | None,
+        *,
+        lr: float,
+        seconds: float,
+        data_wait_s: float,
+        stall_s: float,
+    ) -> None:
+        line: dict[str, Any] = {
+            "step": self.step,
+            "time_unix": time.time(),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens / seconds,
+            "step_time_s": seconds,
+            "data_wait_s": data_wait_s,
+            "snapshot_stall_s": stall_s,
+            "exposed_comm_s": result.exposed_comm_s,
+            "memory_bytes": memory_bytes(self._plan.device),
+        }
+        if validation is not None:
+            line |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        self._recorder.metric(line)
+
+    def _build_state(self, mesh: FoldedMesh, corpus: Corpus) -> TrainState:
+        config = self._config
+        fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
+        build: Callable[[], nn.Module] = lambda: build_model(  # noqa: E731 (called by parallelize)
+            config.model.family, fields, vocab_size=corpus.tokenizer.vocab_size
+        )
+        model = parallelize(
+            build,
+            mesh,
+            seed=config.run.seed,
+            compute=config.precision.compute,
+            recompute=config.parallel.recompute,
+        )
+        return TrainState(model, ShardedAdamW(model, config.optim), Progress())
+
+    def _make_checkpointer(self, mesh: FoldedMesh) -> Checkpointer:
+        config = self._config
+        self._shelf = Shelf(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
+        if mesh.data_rank == 0:
+            self._shelf.clear_leftovers()
+        # the writing thread needs collectives of its own: on the training group they would mix with the step's
+        timeout = timedelta(seconds=config.run.collective_timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+
+        def committed(step: int, seconds: float) -> None:
+            self._recorder.event("checkpoint", step, seconds=seconds)
+            self._recorder.flush()  # a step before a checkpoint is never missing from the record
+
+        return Checkpointer(self._shelf, group, committed)
+
+    def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> int:
+        self.phase = "loading a checkpoint"
+        started = time.perf_counter()
+        loaded = checkpointer.load(state)
+        if loaded is None:
+            if isinstance(self._config.model, LlamaConfig) and self._config.model.init_from:
+                load_weights(state.model, Path(self._config.model.init_from))
+            return 0
+        if mesh.data_rank == 0:
+            for problem in loaded.damaged:
+                self._recorder.event(
+                    "fault", loaded.step, **{"class": "damaged_checkpoint", "message": problem}
+                )
+            self._recorder.event(
+                "restored",
+                loaded.step,
+                source="disk",
+                from_step=loaded.step,
+                seconds=time.perf_counter() - started,
+            )
+        return loaded.step
+
+    def _tell_skipped(self, mesh: FoldedMesh, corpus: Corpus) -> None:
+        if mesh.data_rank == 0:
+            for skip in corpus.index.skipped:
+                message = f"{skip.path} {skip.where}: {skip.reason}"
+                self._recorder.event(
+                    "fault", 0, **{"class": "unreadable_data", "message": message, "count": skip.count}
+                )
+
+    def _tell_failed_save(self, checkpointer: Checkpointer) -> None:
+        if (error := checkpointer.take_error()) is not None and dist.get_rank() == 0:
+            message = f"a checkpoint could not be written, the one before still stands: {error}"
+            self._recorder.event(
+                "fault", self.step, **{"class": "checkpoint_not_written", "message": message}
+            )
+
+    def _data_progress(self, done: int, total: int, what: str) -> None:
+        self.phase = f"reading the data: {100 * done // max(total, 1)}% ({what})"
+
+
+def seed_step(seed: int, step: int, data_rank: int) -> None:
+    """Give a model that draws random numbers (dropout) a stream that follows from the step, so nothing needs saving."""
+    torch.manual_seed(order_key(seed, "torch", step, data_rank))
+
+
+def _device(kind: str) -> torch.device:
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
