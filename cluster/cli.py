@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from ..runtime.config import ConfigError, RunConfig, documented_keys, read_config, write_toml
+from ..runtime.config import ConfigError, documented_keys, read_config, write_toml
 from ..runtime.journal import write_atomically
 from ..runtime.plan import RunPlan, make_run_plan
 from ..runtime.resume import check_goes_on, newest_step
@@ -148,26 +148,23 @@ def main() -> None:
         app(standalone_mode=False)
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(_explain(error))
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Say what went wrong as the last lines of standard error; returns the exit status."""
     if hasattr(error, "format_message"):  # how typer reports a wrong command line
         errors.print(f"rayfold: {error.format_message()}", markup=False)
         return 2
-    if (
-        isinstance(error, ValueError) and type(error) is not ValueError
-    ):  # the user's mistakes, each with its own type
+    ours = type(error).__module__.startswith("rayfold.")
+    if ours and isinstance(error, ValueError):  # every mistake of the user's is a ValueError of its folder
         errors.print(str(error), markup=False)
         return 2
-    if type(error).__name__ == "StoppedAtOnce":
+    if isinstance(error, KeyboardInterrupt):
         errors.print("stopped at once; the last durable checkpoint stands", markup=False)
         return 130
-    if isinstance(error, RuntimeError | OSError):
+    if (ours and isinstance(error, RuntimeError)) or isinstance(error, OSError):
         errors.print(f"rayfold: {error}", markup=False)
         return 1
     raise error
@@ -175,13 +172,11 @@ def _explain(error: Exception) -> int:
 
 def _plan(path: Path, overrides: list[str] | None) -> RunPlan:
     asked = read_config(path, overrides or [])
-    gpus = 0
-    if asked.run.device != "cpu" and asked.run.workers == "auto" or asked.run.device != "cpu":
-        gpus = _local_gpus(asked)
+    gpus = 0 if asked.run.device == "cpu" else _local_gpus()
     return make_run_plan(asked, cpus=os.cpu_count() or 1, gpus=gpus)
 
 
-def _local_gpus(config: RunConfig) -> int:
+def _local_gpus() -> int:
     """GPUs of this machine by Ray's own count, without importing torch."""
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 

@@ -8,7 +8,7 @@ from ..models.registry import llama_shape
 from ..runtime.checkpoint.format import read_index
 from ..runtime.checkpoint.shelf import Shelf
 from ..runtime.config import ConfigError, read_config
-from ..runtime.data.tokenizer import resolve_tokenizer, tokenizer_path
+from ..runtime.data.tokenizer import resolve_tokenizer, tokenizer_file
 from ..runtime.huggingface import export_weights
 from ..runtime.resume import newest_step
 
@@ -35,6 +35,6 @@ def export_run(run_dir: Path, out: Path) -> dict[str, Any]:
         out,
         seq_len=config.data.seq_len,
         end_id=tokenizer.end_id,
-        tokenizer=tokenizer_path(config.data),
+        tokenizer=tokenizer_file(config.data),
     )
     return {"step": step, "files": [str(path) for path in files]}

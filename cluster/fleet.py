@@ -58,13 +58,14 @@ def start_fleet(plan: RunPlan, search_path: list[str]) -> Fleet:
             f"run.workers = {world_size} ranks need {world_size} x {bundle}, and after {timeout_s:.0f} s the cluster, "
             f"which has {have} in all, had not that much free: lower run.workers, or wait for other jobs to end"
         ) from None
-    actor = ray.remote(
-        num_cpus=1,
-        num_gpus=bundle.get("GPU", 0),
-        max_restarts=0,
-        max_task_retries=0,
-        concurrency_groups={"control": CONTROL_THREADS},
-    )(Worker)
+    options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
+        "num_cpus": 1,
+        "num_gpus": bundle.get("GPU", 0),
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "concurrency_groups": {"control": CONTROL_THREADS},
+    }
+    actor = ray.remote(**options)(Worker)
     workers = [
         actor.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)

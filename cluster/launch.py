@@ -20,14 +20,19 @@ LOOK_EVERY_S = 0.25
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StoppedAtOnce(Exception):
+class StoppedAtOnce(KeyboardInterrupt):
     """A second Ctrl-C: end now, without a checkpoint of this step."""
+
+
+class ControllerLost(RuntimeError):
+    """The controller's process ended before the run did."""
 
 
 def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, Any]:
     """Run `plan` to its end and return its summary.
 
-    Raises SessionError when there is no Ray, StoppedAtOnce on a second Ctrl-C, RayActorError when the controller dies.
+    Raises SessionError when there is no Ray, ControllerLost when the controller dies, StoppedAtOnce on a second
+    Ctrl-C.
     """
     config = plan.config
     world_size = plan.layout.world_size
@@ -36,11 +41,20 @@ def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, A
         cpus = max(world_size, os.cpu_count() or 1)
         gpus = world_size if plan.device == "cuda" else 0
         with ray_session(config.run.address, cpus=cpus, gpus=gpus, namespace="rayfold"):
-            actor = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 2, "record": 1})(
-                Controller
-            )
+            options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
+                "num_cpus": 0,
+                "max_restarts": 0,
+                "concurrency_groups": {"control": 2, "record": 1},
+            }
+            actor = ray.remote(**options)(Controller)
             controller = actor.remote(config.to_dict(), search_path)
-            return _watch(controller, progress, asked)
+            try:
+                return _watch(controller, progress, asked)
+            except RayActorError as error:
+                raise ControllerLost(
+                    f"the controller of the run died ({' '.join(str(error).split())}); the last durable checkpoint "
+                    f"stands, and the same command goes on from it"
+                ) from error
 
 
 def _watch(controller: Any, progress: Progress, asked: "_Asked") -> dict[str, Any]:
@@ -96,6 +110,3 @@ def _interrupts() -> Iterator[_Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__ = ["RayActorError", "StoppedAtOnce", "launch"]

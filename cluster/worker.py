@@ -65,7 +65,7 @@ class Worker:
 
     @ray.method(concurrency_group="control")
     def join(
-        self, *, rank: int, world_size: int, store: tuple[str, int], plan: dict[str, Any], threads: int
+        self, rank: int, world_size: int, store: tuple[str, int], plan: dict[str, Any], threads: int
     ) -> None:
         """Form the process group with the other ranks."""
         import torch

@@ -7,6 +7,7 @@ score between documents is ever computed.
 
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,13 +18,12 @@ def document_runs(document_ids: torch.Tensor) -> list[tuple[int, int]]:
     A run ends where the id changes and at the end of every row; `count` adjacent runs of equal length share an entry.
     Reads the ids on the host: call it once a forward pass, not once a layer.
     """
-    rows, seq_len = document_ids.shape
-    flat = document_ids.flatten()
-    starts = torch.ones(rows * seq_len, dtype=torch.bool, device=flat.device)
-    starts[1:] = flat[1:] != flat[:-1]
-    starts[::seq_len] = True
-    begin = starts.nonzero().flatten().tolist()
-    lengths = [stop - start for start, stop in zip(begin, [*begin[1:], rows * seq_len], strict=True)]
+    ids = np.array(
+        document_ids.tolist()
+    )  # unlike numpy(), also from another device and beside pretended tensors
+    starts = np.ones(ids.shape, dtype=bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    lengths = np.diff(np.append(np.flatnonzero(starts), ids.size)).tolist()
     return [(len(list(group)), length) for length, group in groupby(lengths)]
 
 
@@ -39,9 +39,12 @@ def document_attention(
     parts = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True)
     outputs = []
     for (count, length), qkv in zip(runs, parts, strict=True):
-        heads_first = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-        )
+        heads_first = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
+        out = causal_attention(*heads_first)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).view_as(q)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """torch's fused causal attention: q [N, H, L, D], k and v [N, Hkv, L, D] -> [N, H, L, D]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

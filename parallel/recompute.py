@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # Results worth their memory: matrix products and attention cost more to compute again than to keep.
-_KEPT = frozenset(
+KEPT = frozenset(
     op.default
     for op in (
         torch.ops.aten.mm,
@@ -24,7 +24,7 @@ _KEPT = frozenset(
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_recompute(blocks: list[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
@@ -36,4 +36,4 @@ def apply_recompute(blocks: list[nn.Module], mode: Literal["none", "selective", 
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
         forward: Callable[..., Any] = block.forward
-        block.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, forward, **options)

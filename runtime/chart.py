@@ -58,7 +58,7 @@ class XAxis:
         """(unit, label) of some seven round values."""
         span = (self.hi - self.lo) or 1.0
         step = max(_round_step(span / 7), 1.0) if self.name == "step" else _time_step(span / 7)
-        values = np.arange(math.ceil(self.lo / step - 1e-9), math.floor(self.hi / step + 1e-9) + 1) * step
+        values = _multiples(step, self.lo, self.hi)
         labels = (f"{v:,.0f}" if self.name == "step" else duration(float(v)) for v in values)
         return list(zip(self.place(values).tolist(), labels, strict=True))
 
@@ -136,10 +136,10 @@ class YAxis:
         """(unit, label) of a few round values."""
         if self.log:
             first, last = math.ceil(math.log10(self.lo) - 1e-9), math.floor(math.log10(self.hi) + 1e-9)
-            values = 10.0 ** np.arange(first, last + 1, max(1, (last - first) // 3))
+            values = 10.0 ** np.arange(first, last + 1, max(1, (last - first) // 3), dtype=np.float64)
             return list(zip(self.place(values).tolist(), map(compact, values.tolist()), strict=True))
         step = _round_step((self.hi - self.lo) / (5 if self.height > 120 else 4))
-        values = np.arange(math.ceil(self.lo / step - 1e-6), math.floor(self.hi / step + 1e-6) + 1) * step
+        values = _multiples(step, self.lo, self.hi)
         labels = [_tick_label(v, step, max(abs(self.lo), abs(self.hi))) for v in values.tolist()]
         return list(zip(self.place(values).tolist(), labels, strict=True))
 
@@ -284,7 +284,7 @@ def _path(px: Array, py: Array, *, segment: Indices, member: npt.NDArray[np.bool
     """The strokes that end at a member point. `h0` makes a point without neighbours a round dot."""
     parts: list[str] = []
     pen = -1  # the point where the pen stands
-    for i in np.flatnonzero(member & np.isfinite(py)):
+    for i in np.flatnonzero(member & np.isfinite(py)).tolist():
         joined = i > 0 and segment[i] == segment[i - 1] and math.isfinite(py[i - 1])
         if not joined:
             parts.append(f"M{px[i]:.1f},{py[i]:.1f}h0")
@@ -359,6 +359,10 @@ def _y_axis(chart: Chart) -> YAxis:
         return YAxis(lo=lo / 1.2, hi=hi * 1.2, log=True, height=chart.height)
     pad = (hi - lo) * 0.06 or abs(hi) * 0.1 or 1.0
     return YAxis(lo=lo - pad if lo - pad > 0 or lo < 0 else 0.0, hi=hi + pad, log=False, height=chart.height)
+
+
+def _multiples(step: float, lo: float, hi: float) -> Array:
+    return np.arange(math.ceil(lo / step - 1e-6), math.floor(hi / step + 1e-6) + 1, dtype=np.float64) * step
 
 
 def _round_step(rough: float) -> float:

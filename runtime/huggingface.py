@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..models.llama_config import LlamaShape, shape_to_hf
 from .checkpoint.format import Index, TensorEntry, read_chunk
+from .optim.adamw import local_of
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as the hub's own tools split
@@ -66,9 +67,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 f"{folder}: no tensor {source} for {name}; is model.tied_embeddings as in config.json?"
             )
         shape = tuple(parameter.shape)
-        local, sizes, offsets = parameter, shape, (0,) * len(shape)
+        sizes, offsets = shape, (0,) * len(shape)
+        local = local_of(parameter)
         if isinstance(parameter, DTensor):
-            local = parameter.to_local()
             sizes, offsets = compute_local_shape_and_global_offset(
                 shape, parameter.device_mesh, parameter.placements
             )
@@ -119,7 +120,8 @@ def export_weights(
     entries = {n.removeprefix("model."): e for n, e in index.tensors.items() if n.startswith("model.")}
     groups = list(_group(entries))
     out.mkdir(parents=True, exist_ok=True)
-    written, weight_map = [], {}
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = (
             "model.safetensors"

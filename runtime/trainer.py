@@ -212,7 +212,7 @@ class Trainer:
             self._recorder.event("checkpoint", step, seconds=seconds)
             self._recorder.flush()  # a step before a checkpoint is never missing from the record
 
-        return Checkpointer(self._shelf, group, committed)
+        return Checkpointer(self._shelf, everyone=mesh.data, group=group, on_commit=committed)
 
     def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> int:
         self.phase = "loading a checkpoint"

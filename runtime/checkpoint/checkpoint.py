@@ -43,10 +43,19 @@ class Checkpointer:
     """Saves and loads a `TrainState`; every method is called by all ranks in the same order."""
 
     def __init__(
-        self, shelf: Shelf, group: dist.ProcessGroup, on_commit: Callable[[int, float], None]
+        self,
+        shelf: Shelf,
+        *,
+        everyone: dist.ProcessGroup,
+        group: dist.ProcessGroup,
+        on_commit: Callable[[int, float], None],
     ) -> None:
-        """`group` is used by the writing thread alone; `on_commit(step, seconds)` runs on rank 0 just before it counts."""
+        """`everyone` loads; `group`, of the same ranks, is used by the writing thread alone.
+
+        `on_commit(step, seconds)` runs on rank 0 just before a checkpoint counts.
+        """
         self._shelf = shelf
+        self._everyone = everyone
         self._group = group
         self._on_commit = on_commit
         self._copies: dict[str, torch.Tensor] = {}
@@ -83,7 +92,7 @@ class Checkpointer:
         Raises NoCheckpointLeft when there are some and all are damaged: starting anew would bury them.
         """
         device = next(state.model.parameters()).device
-        candidates: list[int] = gather_json(self._shelf.steps(), dist.group.WORLD, device)[0]
+        candidates: list[int] = gather_json(self._shelf.steps(), self._everyone, device)[0]
         damaged: list[str] = []
         for step in candidates:
             reader = FolderReader(self._shelf.path(step))
@@ -92,9 +101,7 @@ class Checkpointer:
             except CheckpointException as error:
                 damaged.append(f"step {step}: {_first_cause(error)}")
                 continue
-            progress = gather_json(reader.index.progress if _is_first() else None, dist.group.WORLD, device)[
-                0
-            ]
+            progress = gather_json(reader.index.progress if _is_first() else None, self._everyone, device)[0]
             state.set_progress(progress)
             return Loaded(step, damaged)
         if damaged:
@@ -134,11 +141,9 @@ class Checkpointer:
                 self._copies[name] = torch.empty_like(local, device="cpu")
             self._copies[name].copy_(local)
             # from_local would move the copy back to the mesh's device
-            is_sharded = isinstance(tensor, DTensor)
+            copy = self._copies[name]
             staged[name] = (
-                DTensor(self._copies[name], tensor._spec, requires_grad=False)
-                if is_sharded
-                else self._copies[name]
+                DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
             )
         return staged
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 FORMAT_VERSION = 1
@@ -99,10 +100,9 @@ def _entry(path: Path, name: str, raw: dict[str, Any]) -> TensorEntry:
     return TensorEntry(raw["dtype"], tuple(raw["shape"]), chunks)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor in row-major order: uint8, sharing its memory where it lies on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def read_chunk(folder: Path, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:

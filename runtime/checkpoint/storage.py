@@ -67,7 +67,9 @@ class FolderWriter(StorageWriter):
                     raise TypeError(
                         f"{item.index.fqn}: only tensors are stored; plain values belong into progress"
                     )
-                data = tensor_bytes(planner.resolve_data(item))
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor), "checked above"
+                data = tensor_bytes(tensor)
                 box = item.tensor_data.chunk
                 place = Chunk(
                     offsets=tuple(box.offsets),
@@ -77,7 +79,7 @@ class FolderWriter(StorageWriter):
                     length=len(data),
                     crc32=zlib.crc32(data),
                 )
-                file.write(data)
+                file.write(data.data)
                 results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
             file.flush()
             os.fsync(file.fileno())

@@ -23,9 +23,9 @@ from .token_shards import token_spans
 class Block:
     """One piece. `start` and `stop` count row groups, bytes or record batches of its file, by `kind`.
 
-    `files` has one name except for a group of small text files. `rows` narrows one row group to [from, to).
-    `problem` says why the file cannot be opened; such a block has no documents. `nbytes` is about the
-    text's size.
+    `files` has one name except for a group of small text files. `rows` narrows one row group to [from, to),
+    decoded a step at a time: (from, to, step). `problem` says why the file cannot be opened; such a block has
+    no documents. `nbytes` is about the text's size.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Block:
     start: int
     stop: int
     nbytes: int
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int, int] | None = None
     problem: str = ""
 
     @classmethod

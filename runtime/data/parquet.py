@@ -81,8 +81,10 @@ def _group_spans(file: pq.ParquetFile, column: str, block_bytes: int) -> Iterato
             yield Span(start=group, stop=group + 1, nbytes=nbytes)
             continue
         edges = [rows * part // parts for part in range(parts + 1)]
+        # One step for all slices: so the same rows lie behind a damaged page, whichever slice is read first.
+        step = max(1, rows // parts // 4)
         for start, stop in pairwise(edges):
-            yield Span(start=group, stop=group + 1, nbytes=nbytes // parts, rows=(start, stop))
+            yield Span(start=group, stop=group + 1, nbytes=nbytes // parts, rows=(start, stop, step))
 
 
 def _stored_bytes(metadata: Any, group: int, column: str) -> int:
@@ -150,18 +152,22 @@ class ParquetReader:
         self._file: pq.ParquetFile | None = None
         self._stream: _GroupStream | None = None
 
-    def read_group(self, path: Path, group: int, rows: tuple[int, int] | None) -> Ragged:
-        """The text of row group `group`, or of its rows [from, to). Raises one of DAMAGE when unreadable."""
+    def read_group(self, path: Path, group: int, rows: tuple[int, int, int] | None) -> Ragged:
+        """The text of row group `group`, or of its rows [from, to), decoded a step at a time.
+
+        Raises one of DAMAGE when unreadable.
+        """
         file = self._opened(path)
         if rows is None:
             table = file.read_row_group(group, columns=[self._column], use_threads=False)
             _expect_rows(table.num_rows, file.metadata.row_group(group).num_rows)
             return join_ragged([to_ragged(chunk) for chunk in table.column(0).chunks])
+        start, stop, step = rows
         stream, self._stream = self._stream, None
-        if stream is None or stream.group != group or stream.position > rows[0]:
-            stream = _GroupStream(file, group, self._column, batch_rows=max(1, (rows[1] - rows[0]) // 4))
-        stream.take(rows[0] - stream.position, keep=False)
-        found = stream.take(rows[1] - rows[0], keep=True)
+        if stream is None or stream.group != group or stream.position > start:
+            stream = _GroupStream(file, group, self._column, batch_rows=step)
+        stream.take(start - stream.position, keep=False)
+        found = stream.take(stop - start, keep=True)
         self._stream = stream  # kept only when nothing failed: a broken stream starts anew
         return join_ragged([to_ragged(chunk) for chunk in found])
 

@@ -10,5 +10,5 @@ class Span:
     start: int
     stop: int
     nbytes: int
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int, int] | None = None
     problem: str = ""

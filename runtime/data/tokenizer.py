@@ -161,6 +161,17 @@ def resolve_tokenizer(config: DataConfig) -> Tokenizer:
     return chosen or ByteTokenizer()
 
 
+def tokenizer_file(config: DataConfig) -> Path | None:
+    """The tokenizer.json of the run; None for bytes, which need none."""
+    for entry in source_entries(config):
+        if config.format in ("auto", "tokens") and tokens_folder(entry.root):
+            return entry.root / TOKENIZER_NAME
+    if config.tokenizer == "bytes":
+        return None
+    path = Path(config.tokenizer).expanduser()
+    return path / TOKENIZER_NAME if path.is_dir() else path
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

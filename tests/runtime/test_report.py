@@ -7,6 +7,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,8 @@ EVENTS = [
 
 def test_page_shows_every_quantity_of_a_run(tmp_path: Path) -> None:
     summary = {"status": "finished", "steps": 60, "tokens": 60_000, "final_loss": 4.4, "wall_s": 80.0}
-    run = write_run(
-        tmp_path / "tiny", [*RECOVERED, training(61, val_loss=4.25, val_bits_per_byte=1.375)], EVENTS, summary
-    )
+    validation = {"step": 60, "time_unix": START + 80, "val_loss": 4.25, "val_bits_per_byte": 1.375}
+    run = write_run(tmp_path / "tiny", [*RECOVERED, validation], EVENTS, summary)
     (run / "config.toml").write_text('[run]\nname = "my run"\nsteps = 60\n')
     page = page_of(run)
     titles = ["Loss", "Learning rate", "Gradient norm", "Throughput", "Step time", "Memory", "Events"]
@@ -135,9 +135,11 @@ def test_every_event_stands_where_its_time_is_on_every_chart(tmp_path: Path) -> 
     assert drawn == pytest.approx([(r["time_unix"] - START) / 0.08 for r in RECOVERED], abs=0.06)
 
 
-def test_steps_trained_again_are_a_segment_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_steps_trained_again_are_a_segment_of_their_own(tmp_path: Path, told: bool) -> None:
     """Over steps, no stroke goes back; the first attempt at steps 16 to 20 is faint and below the second."""
-    found = charts(page_of(write_run(tmp_path / "run", RECOVERED, EVENTS)), "step")["Loss"]
+    metrics = RECOVERED if told else [{k: v for k, v in r.items() if k != "attempt"} for r in RECOVERED]
+    found = charts(page_of(write_run(tmp_path / "run", metrics, EVENTS if told else ())), "step")["Loss"]
     assert [
         css.get("class", "").split()[-1] for css in found.iter("path") if "line" in css.get("class", "")
     ] == [
@@ -193,6 +195,8 @@ def test_breakdown_stacks_to_the_step_time(tmp_path: Path) -> None:
     found = charts(page_of(write_run(tmp_path / "run", [training(s) for s in range(1, 11)])))["Step time"]
     areas = [points(d) for d in paths(found, "area")]
     assert len(areas) == 4
+    for below, above in pairwise(areas):
+        assert min(y for _, y in below) == max(y for _, y in above)
     heights = [max(y for _, y in a) - min(y for _, y in a) for a in areas]
     assert [h / sum(heights) for h in heights] == pytest.approx([0.65, 0.2, 0.05, 0.1], abs=0.002)
 
@@ -208,7 +212,7 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
 def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     """Names, verdicts, kinds and configuration come from users and machines: none of it becomes a tag."""
     hostile = "</script></title><script>alert(1)</script><img src=x onerror='alert(2)'>\"\x00\ud800"
-    events = [event("verdict", 1, sentence=hostile), event(hostile, 2, **{hostile: {hostile: [hostile]}})]
+    events = [event("verdict", 1, sentence=hostile), {**event(hostile, 2), hostile: {hostile: [hostile]}}]
     summary = {"status": hostile, "verdict": hostile, "layout": {hostile: hostile}, "steps": hostile}
     run = write_run(tmp_path / "run", [training(1)], events, summary)
     (run / "config.toml").write_text(f"[run]\nname = {json.dumps(hostile[:-2])}\n")
@@ -299,6 +303,15 @@ def test_figures_come_from_the_metrics_while_there_is_no_summary(tmp_path: Path)
     assert "no summary yet" in text
     assert re.search(r"tokens\s+60k\s", text)  # the five steps trained twice count once
     assert re.search(r"world size\s+4\s", text)
+
+
+def test_a_summary_older_than_the_steps_is_left_out(tmp_path: Path) -> None:
+    """A run that was stopped and goes on in its directory is not stopped."""
+    text = Page(
+        page_of(write_run(tmp_path / "run", RECOVERED, EVENTS, {"status": "stopped", "steps": 40}))
+    ).text
+    assert "in progress" in text
+    assert "summary.json ends at step 40, but the run went on" in text
 
 
 def test_the_verdict_of_a_failed_run_stands_out(tmp_path: Path) -> None:

@@ -58,7 +58,15 @@ def test_samples_equal_the_reference(packing: str, documents: list[bytes], seq_l
     """Tokens, labels, positions and document ids, over every way a document can meet a sample's edge."""
     samples = pack(documents, seq_len, packing)
     found = [
-        list(zip(s.tokens.tolist(), s.labels.tolist(), s.positions.tolist(), s.document_ids.tolist(), strict=True))
+        list(
+            zip(
+                s.tokens.tolist(),
+                s.labels.tolist(),
+                s.positions.tolist(),
+                s.document_ids.tolist(),
+                strict=True,
+            )
+        )
         for s in samples
     ]
     assert found == reference(documents, seq_len, packing)

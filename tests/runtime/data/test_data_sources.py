@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from rayfold.runtime.data.blocks import list_blocks
@@ -24,18 +24,26 @@ TEXTS = [f"document {i} " + "lorem ipsum ä " * (i % 7) for i in range(200)]
 def documents(config: DataConfig) -> list[str]:
     """The text of every document, in file order."""
     reader = BlockReader(config)
-    rows = [
-        row.tobytes().decode() for b in list_blocks(config) for row in reader.read(b).documents.rows()
-    ]
+    rows = [row.tobytes().decode() for b in list_blocks(config) for row in reader.read(b).documents.rows()]
     reader.close()
     return rows
 
 
-def write_parquet(path: Path, texts: list[str | None], *, rows: int = 20, kind: pa.DataType | None = None) -> None:
+def write_parquet(
+    path: Path, texts: list[str | None], *, rows: int = 20, kind: pa.DataType | None = None
+) -> None:
     """Uncompressed and with page checksums, so that a test can find and spoil bytes."""
     table = pa.table({"text": pa.array(texts, type=kind or pa.string()), "id": list(range(len(texts)))})
     pq.write_table(
-        table, path, row_group_size=rows, compression="none", use_dictionary=False, write_page_checksum=True
+        table,
+        path,
+        row_group_size=rows,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=False,
+        data_page_size=64 << 10,
+        write_batch_size=16,
     )
 
 
@@ -44,7 +52,8 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())],
 )
 def test_any_text_column_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     """Writers differ in how they store the same strings."""
@@ -192,7 +201,10 @@ def test_a_corrupt_slice_spoils_the_rest_of_its_row_group_once(tmp_path: Path) -
     index = build_index(config)
     assert [skip.where for skip in index.skipped] == ["row group 0"]
     assert 0 < index.totals.train.documents < 2000
-    assert build_index(config) == index
+    reader = BlockReader(config)
+    for count in reversed(index.counts):  # each slice on its own finds the same as one after the other
+        assert reader.read(count.block).documents.crc32() == count.crc32
+    reader.close()
 
 
 def test_text_that_is_no_utf8_is_left_out(tmp_path: Path) -> None:
@@ -213,7 +225,16 @@ def test_text_that_is_no_utf8_is_left_out(tmp_path: Path) -> None:
 
 def test_bad_json_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     """The report names the first of them and counts the rest, so a bad file cannot flood it."""
-    lines = ['{"text": "a"}', "{broken", "[1]", '{"text": 3}', '{"text": null}', '{"other": "b"}', "", '{"text": ""}']
+    lines = [
+        '{"text": "a"}',
+        "{broken",
+        "[1]",
+        '{"text": 3}',
+        '{"text": null}',
+        '{"other": "b"}',
+        "",
+        '{"text": ""}',
+    ]
     lines += ['{"text": "\\ud800"}'] + ["{worse"] * 100 + ['{"text": "z"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(source=str(tmp_path))

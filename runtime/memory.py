@@ -1,0 +1,149 @@
+"""Memory of one rank before anything starts: parameters counted, activations measured on a pretended step.
+
+The model runs once on tensors that have shapes and no memory; what autograd would keep for the backward pass is added up.
+So the figure follows the real model, also a user's own, and needs no formula of a family.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..models.llama_config import LlamaConfig
+from ..models.registry import build_model
+from ..parallel.recompute import KEPT, apply_recompute
+from ..parallel.shard import blocks_of
+from .data.loader import Batch
+from .data.tokenizer import resolve_tokenizer
+from .plan import RunPlan
+from .step import token_loss
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at its fullest."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int  # the whole block (or the rest of the model) that is being computed, in the compute dtype
+    activations: (
+        int  # what the forward pass of a micro-batch keeps for the backward pass, logits and loss included
+    )
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts; the process itself (torch and Ray, about 300 MiB on CPU) comes on top."""
+        return sum(asdict(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        """The parts and their total, in bytes."""
+        return {**asdict(self), "total": self.total}
+
+
+def estimate_memory(plan: RunPlan) -> RankMemory:
+    """Memory of a rank of `plan`. Raises what building the model or reading the tokenizer raises."""
+    config, layout = plan.config, plan.layout
+    fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
+    vocab_size = resolve_tokenizer(config.data).vocab_size
+    batch = _pretended_batch(config.batch.micro(layout.dp_size), config.data.seq_len)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(config.model.family, fields, vocab_size=vocab_size)
+        if config.precision.compute == "bf16":
+            _cast(model, torch.bfloat16)
+        blocks = blocks_of(model)
+        apply_recompute(blocks, config.parallel.recompute)
+        activations = saved_bytes(model, batch, recompute=config.parallel.recompute)
+    count = _numbers(model)
+    per_block = [_numbers(block) for block in blocks]
+    largest = max([count - sum(per_block), *per_block])
+    width = 2 if config.precision.compute == "bf16" else FP32_BYTES
+    # the root is gathered for the whole step, one block beside it; a layout of whole copies gathers nothing new in fp32
+    gathered = (
+        0 if layout.dp_shard == 1 and width == FP32_BYTES else (count - sum(per_block) + largest) * width
+    )
+    share = -(-count // layout.dp_shard) * FP32_BYTES
+    return RankMemory(
+        parameters=share, gradients=share, optimizer=2 * share, gathered=gathered, activations=activations
+    )
+
+
+def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> int:
+    """Bytes that the backward pass of `batch` needs, beyond parameters and the batch; tensors that share memory once."""
+    known = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[Any, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (memory := _memory_of(tensor)) not in known:
+            kept[memory] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    blocks = blocks_of(model)
+    handles = [
+        block.register_forward_pre_hook(lambda _, inputs: _keep_inputs(keep, inputs)) for block in blocks
+    ]
+    watch = _KeptResults(keep) if recompute == "selective" else nullcontext()
+    with watch, saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = token_loss(model, batch)
+    for handle in handles:
+        handle.remove()
+    del loss
+    return sum(kept.values())
+
+
+class _KeptResults(TorchDispatchMode):
+    """Sees the results that selective recompute keeps, which autograd's hooks do not."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in KEPT:
+            for value in result if isinstance(result, tuple) else (result,):
+                if isinstance(value, torch.Tensor):
+                    self._keep(value)
+        return result
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Floating parameters in another dtype; `Module.to` cannot swap pretended ones."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point():
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
+
+
+def _keep_inputs(keep: Any, inputs: tuple[Any, ...]) -> None:
+    # a block that is recomputed holds its inputs outside of autograd's sight
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            keep(value)
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _pretended_batch(rows: int, seq_len: int) -> Batch:
+    positions = torch.arange(seq_len).expand(rows, seq_len)
+    return Batch(
+        tokens=torch.zeros(rows, seq_len, dtype=torch.int64),
+        labels=torch.zeros(rows, seq_len, dtype=torch.int64),
+        positions=positions,
+        document_ids=torch.zeros(rows, seq_len, dtype=torch.int32),
+        sample_ids=tuple(range(rows)),
+    )
