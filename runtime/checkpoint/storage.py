@@ -69,7 +69,7 @@ class FolderWriter(StorageWriter):
                     )
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor), "checked above"
-                data = tensor_bytes(tensor)
+                data = tensor_bytes(tensor).data
                 box = item.tensor_data.chunk
                 place = Chunk(
                     offsets=tuple(box.offsets),
@@ -79,7 +79,7 @@ class FolderWriter(StorageWriter):
                     length=len(data),
                     crc32=zlib.crc32(data),
                 )
-                file.write(data.data)
+                file.write(data)
                 results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
             file.flush()
             os.fsync(file.fileno())
