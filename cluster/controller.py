@@ -21,7 +21,7 @@ from ..faulttol.verdict import Failure, Verdict, decide
 from ..runtime.config import check_config
 from ..runtime.journal import Journal
 from ..runtime.plan import RunPlan, make_run_plan
-from .fleet import Fleet, FleetError, form, start_fleet
+from .fleet import Fleet, FleetError, StartGivenUp, form, start_fleet
 from .gauges import Gauges
 
 OTHERS_SPEAK_S = 3.0  # after a first failure: how long the other ranks may take to tell theirs
@@ -76,12 +76,13 @@ class Controller:
         fleet = None
         try:
             self._go(State.STARTING)
-            fleet = start_fleet(self._plan, self._search_path)
-            if not self._stop.is_set():
-                self._go(State.FORMING)
-                form(fleet, self._plan)
-                self._event("formed", **self._formed(fleet))
+            fleet = start_fleet(self._plan, self._search_path, self._stop.is_set)
+            self._go(State.FORMING)
+            form(fleet, self._plan, self._stop.is_set)
+            self._event("formed", **self._formed(fleet))
             return self._finish(*self._train(fleet))
+        except StartGivenUp:
+            return self._finish(State.STOPPED)
         except FleetError as error:
             verdict = Verdict(sentence=str(error), ranks=[], cls="start", step=0, evidence={})
             return self._finish(State.FAILED, verdict)

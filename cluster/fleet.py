@@ -5,6 +5,7 @@ Every wait is bounded by `run.start_timeout_s`; what is missing when it ends is 
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,15 @@ from .worker import Place, Worker
 CONTROL_THREADS = 2  # one call may wait (joining the others) while another is answered
 
 
+LOOK_EVERY_S = 0.2  # between looks at whether the user has changed their mind
+
+
 class FleetError(RuntimeError):
     """The workers could not be started; the message says what was missing."""
+
+
+class StartGivenUp(RuntimeError):
+    """The user asked to stop before the workers were up."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,20 @@ class Fleet:
         remove_placement_group(self.group)
 
 
-def start_fleet(plan: RunPlan, search_path: list[str]) -> Fleet:
-    """Place and start one worker a rank. Raises FleetError when that takes longer than `run.start_timeout_s`."""
+def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bool]) -> Fleet:
+    """Place and start one worker a rank.
+
+    Raises FleetError when that takes longer than `run.start_timeout_s`, StartGivenUp when `given_up()` comes true.
+    """
     world_size, timeout_s = plan.layout.world_size, plan.config.run.start_timeout_s
     deadline = time.monotonic() + timeout_s
     bundle = {"CPU": 1, "GPU": 1} if plan.device == "cuda" else {"CPU": 1}
     group = placement_group([bundle] * world_size, strategy="PACK")
     try:
-        ray.get(group.ready(), timeout=timeout_s)
+        _get([group.ready()], deadline, given_up)
+    except StartGivenUp:
+        remove_placement_group(group)
+        raise
     except GetTimeoutError:
         have = {name: int(n) for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
         remove_placement_group(group)
@@ -73,9 +87,10 @@ def start_fleet(plan: RunPlan, search_path: list[str]) -> Fleet:
         for i in range(world_size)
     ]
     try:
-        places = ray.get(
-            [worker.place.remote() for worker in workers], timeout=max(1.0, deadline - time.monotonic())
-        )
+        places = _get([worker.place.remote() for worker in workers], deadline, given_up)
+    except StartGivenUp:
+        Fleet(workers, [], group).end()
+        raise
     except (GetTimeoutError, RayActorError, RayTaskError) as error:
         Fleet(workers, [], group).end()
         raise FleetError(
@@ -84,13 +99,14 @@ def start_fleet(plan: RunPlan, search_path: list[str]) -> Fleet:
     return _in_node_order(Fleet(workers, places, group))
 
 
-def form(fleet: Fleet, plan: RunPlan) -> None:
-    """Let all ranks find each other. Raises FleetError when one of them does not come in time."""
+def form(fleet: Fleet, plan: RunPlan, given_up: Callable[[], bool]) -> None:
+    """Let all ranks find each other; raises as `start_fleet` does."""
     timeout_s = plan.config.run.start_timeout_s
+    deadline = time.monotonic() + timeout_s
     on_node = Counter(place.node for place in fleet.places)
     values = plan.config.to_dict()
     try:
-        store = ray.get(fleet.workers[0].open_store.remote(timeout_s), timeout=timeout_s)
+        (store,) = _get([fleet.workers[0].open_store.remote(timeout_s)], deadline, given_up)
         joining = [
             worker.join.remote(
                 rank=rank,
@@ -101,11 +117,24 @@ def form(fleet: Fleet, plan: RunPlan) -> None:
             )
             for rank, (worker, place) in enumerate(zip(fleet.workers, fleet.places, strict=True))
         ]
-        ray.get(joining, timeout=timeout_s)
+        _get(joining, deadline, given_up)
     except (GetTimeoutError, RayActorError, RayTaskError) as error:
         raise FleetError(
             f"the {plan.layout.world_size} ranks did not find each other within {timeout_s:.0f} s: {_last_line(error)}"
         ) from error
+
+
+def _get(refs: list[Any], deadline: float, given_up: Callable[[], bool]) -> list[Any]:
+    """The values of `refs` as soon as all are there or one of them is an error, which is raised."""
+    waiting = refs
+    while waiting:
+        if given_up():
+            raise StartGivenUp("asked to stop while the workers were starting")
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY_S)
+        ray.get(done)  # an error need not wait for those that are still on their way
+        if not done and time.monotonic() > deadline:
+            raise GetTimeoutError("their start took longer")
+    return ray.get(refs)
 
 
 def _in_node_order(fleet: Fleet) -> Fleet:

@@ -41,6 +41,7 @@ def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, A
         cpus = max(world_size, os.cpu_count() or 1)
         gpus = world_size if plan.device == "cuda" else 0
         with ray_session(config.run.address, cpus=cpus, gpus=gpus, namespace="rayfold"):
+            asked.listen()  # ray.init has taken SIGTERM for itself
             options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
                 "num_cpus": 0,
                 "max_restarts": 0,
@@ -91,6 +92,12 @@ class _Asked:
     def __init__(self) -> None:
         self.count = 0
 
+    def listen(self) -> None:
+        """Be the handler of the signals that ask; they belong to the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self)
+
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count >= 2:
@@ -101,12 +108,11 @@ class _Asked:
 def _interrupts() -> Iterator[_Asked]:
     """Count Ctrl-C and SIGTERM instead of dying of them; the handlers before come back at the end."""
     asked = _Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals belong to the main thread
-        return
-    before = {number: signal.signal(number, asked) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    asked.listen()
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

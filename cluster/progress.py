@@ -19,7 +19,7 @@ class Progress:
     """Shows the news of a run; use it in a `with`."""
 
     def __init__(self, *, steps: int, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._steps = steps
         self._status: Status | None = None
         self._last_plain = float("-inf")
