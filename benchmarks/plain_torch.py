@@ -1,7 +1,9 @@
-"""The baseline of `throughput.py`: the same model and data trained by hand with FSDP2 under torchrun, no Ray, no Rayfold loop.
+"""The baseline of `throughput.py`: the same model and data trained by hand with FSDP2 under torchrun, no Ray,
+no Rayfold loop.
 
-Written as one would write it with torch alone: `fully_shard` on every block, `clip_grad_norm_`, fused AdamW on the sharded
-parameters, one all-reduce for the count and one for the loss. Rank 0 prints one JSON line with the tokens/s of each step.
+Written as one would write it with torch alone: `fully_shard` on every block, `clip_grad_norm_`, fused AdamW
+on the sharded parameters, one all-reduce for the count and one for the loss. Rank 0 prints one JSON line with
+the tokens/s of each step.
 """
 
 import argparse

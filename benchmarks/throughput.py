@@ -1,9 +1,11 @@
-"""Tokens/s of Rayfold against plain torch: same model, data, dtype and ranks, in alternating pairs of whole runs.
+"""Tokens/s of Rayfold against plain torch: same model, data, dtype and ranks, in alternating pairs of whole
+runs.
 
     python benchmarks/throughput.py [--pairs 5] [--steps 16] [--ranks 2] [--compute fp32 bf16] [KEY=VALUE ...]
 
-Each run trains `--steps` steps; its figure is the median tokens/s after the first three. A pair's ratio is Rayfold over
-plain torch, the two run one after the other, and the order changes from pair to pair. Prints one JSON object a line.
+Each run trains `--steps` steps; its figure is the median tokens/s after the first three. A pair's ratio is
+Rayfold over plain torch, the two run one after the other, and the order changes from pair to pair. Prints one
+JSON object a line.
 """
 
 import argparse
@@ -65,15 +67,7 @@ def main() -> None:
 
 def run_plain(settings: list[str], ranks: int) -> float:
     """Median tokens/s of the hand-written loop."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = execute([*command, str(HERE / "plain_torch.py"), str(CONFIG), *settings])
     return settled(json.loads(done.splitlines()[-1])["tokens_per_s"])
 

@@ -1,7 +1,8 @@
-"""The `rayfold` command. Each verb checks what it is given, calls one function of the house, and says how it went.
+"""The `rayfold` command. Each verb checks what it is given, calls one function of the house, and says how it
+went.
 
-Exit status: 0 done (also when stopped on request), 1 the run failed, 2 the command or the configuration is wrong,
-130 stopped at once by a second Ctrl-C.
+Exit status: 0 done (also when stopped on request), 1 the run failed, 2 the command or the configuration is
+wrong, 130 stopped at once by a second Ctrl-C.
 """
 
 import json
@@ -19,6 +20,7 @@ from ..runtime.config import ConfigError, documented_keys, read_config, write_to
 from ..runtime.journal import write_atomically
 from ..runtime.plan import RunPlan, make_run_plan
 from ..runtime.resume import check_goes_on, newest_step
+from .interrupts import StoppedAtOnce
 
 app = typer.Typer(
     name="rayfold",
@@ -106,7 +108,9 @@ def tokenize(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a byte-level BPE on a source and write it as tokenized shards; run again to go on after an interruption."""
+    """Train a byte-level BPE on a source and write it as tokenized shards; run again to go on after an
+    interruption.
+    """
     from .tokenize import run_tokenize
 
     summary = run_tokenize(
@@ -145,10 +149,8 @@ def report(
 def main() -> None:
     """Entry point of the command."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
-    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(app(standalone_mode=False))  # typer returns the status of an Exit, of Ctrl-C too
+    except (Exception, StoppedAtOnce) as error:
         sys.exit(_explain(error))
 
 
@@ -161,7 +163,7 @@ def _explain(error: BaseException) -> int:
     if ours and isinstance(error, ValueError):  # every mistake of the user's is a ValueError of its folder
         errors.print(str(error), markup=False)
         return 2
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, StoppedAtOnce):
         errors.print("stopped at once; the last durable checkpoint stands", markup=False)
         return 130
     if (ours and isinstance(error, RuntimeError)) or isinstance(error, OSError):
@@ -184,7 +186,9 @@ def _local_gpus() -> int:
 
 
 def _check_source(plan: RunPlan) -> None:
-    """Find a missing or empty source in the first second; a cluster's machines may see other files, so there it waits."""
+    """Find a missing or empty source in the first second; a cluster's machines may see other files, so there
+    it waits.
+    """
     if plan.config.run.address == "local":
         from ..runtime.data.blocks import list_blocks
 

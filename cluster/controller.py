@@ -4,8 +4,8 @@
                   |           |          |-----> stopping -> stopped
                   +-----------+----------+-----------------> failed
 
-It sends rare commands, takes in what workers push, and is the one writer of the run's record. What a failure means is
-decided by `faulttol.verdict`; this file carries it out.
+It sends rare commands, takes in what workers push, and is the one writer of the run's record. What a failure
+means is decided by `faulttol.verdict`; this file carries it out.
 """
 
 import enum
@@ -155,7 +155,9 @@ class Controller:
         return Failure(**result["failure"]) if "failure" in result else result["outcome"]
 
     def _judge(self, fleet: Fleet, first: Failure, running: dict[Any, int]) -> Verdict:
-        """Hear the other ranks for a moment, since the first to be heard need not be the first to have failed."""
+        """Hear the other ranks for a moment, since the first to be heard need not be the first to have
+        failed.
+        """
         failures = [first]
         done, _ = (
             ray.wait(list(running), num_returns=len(running), timeout=OTHERS_SPEAK_S) if running else ([], [])

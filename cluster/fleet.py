@@ -54,7 +54,8 @@ class Fleet:
 def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bool]) -> Fleet:
     """Place and start one worker a rank.
 
-    Raises FleetError when that takes longer than `run.start_timeout_s`, StartGivenUp when `given_up()` comes true.
+    Raises FleetError when that takes longer than `run.start_timeout_s`, StartGivenUp when `given_up()` comes
+    true.
     """
     world_size, timeout_s = plan.layout.world_size, plan.config.run.start_timeout_s
     deadline = time.monotonic() + timeout_s
@@ -69,8 +70,10 @@ def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bo
         have = {name: int(n) for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
         remove_placement_group(group)
         raise FleetError(
-            f"run.workers = {world_size} ranks need {world_size} x {bundle}, and after {timeout_s:.0f} s the cluster, "
-            f"which has {have} in all, had not that much free: lower run.workers, or wait for other jobs to end"
+            f"run.workers = {world_size} ranks need {world_size} x {bundle}, and after {timeout_s:.0f} s "
+            "the cluster, "
+            f"which has {have} in all, had not that much free: lower run.workers, or wait for other jobs "
+            "to end"
         ) from None
     options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
         "num_cpus": 1,
@@ -120,7 +123,8 @@ def form(fleet: Fleet, plan: RunPlan, given_up: Callable[[], bool]) -> None:
         _get(joining, deadline, given_up)
     except (GetTimeoutError, RayActorError, RayTaskError) as error:
         raise FleetError(
-            f"the {plan.layout.world_size} ranks did not find each other within {timeout_s:.0f} s: {_last_line(error)}"
+            f"the {plan.layout.world_size} ranks did not find each other within {timeout_s:.0f} s: "
+            f"{_last_line(error)}"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""From a rank to the controller: lines are queued on the step path and pushed in batches by a thread of their own."""
+"""From a rank to the controller: lines are queued on the step path and pushed in batches by a thread of their
+own.
+"""
 
 import threading
 from typing import Any
@@ -12,7 +14,9 @@ FLUSH_TIMEOUT_S = 60.0  # a controller that does not answer this long is gone, a
 
 
 class Outbox:
-    """Implements `runtime.trainer.Recorder`. Metrics of rank 0 speak for all ranks; events are told by whoever has them."""
+    """Implements `runtime.trainer.Recorder`. Metrics of rank 0 speak for all ranks; events are told by
+    whoever has them.
+    """
 
     def __init__(self, controller: Any, *, rank: int) -> None:
         self._controller = controller
@@ -34,7 +38,9 @@ class Outbox:
         self._tell("event", {"kind": kind, "step": step, **fields})
 
     def flush(self) -> None:
-        """Return when the controller has written down all that was told. Raises TimeoutError when it does not."""
+        """Return when the controller has written down all that was told. Raises TimeoutError when it does
+        not.
+        """
         with self._changed:
             goal = self._told
             self._changed.notify_all()

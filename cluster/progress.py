@@ -61,7 +61,8 @@ class Progress:
     def _step_line(self, line: dict[str, Any]) -> str:
         left_s = (self._steps - line["step"]) * line["step_time_s"]
         text = (
-            f"step {line['step']}/{self._steps}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"step {line['step']}/{self._steps}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} "
+            "tokens/s  "
             f"{line['step_time_s']:.3f} s/step  {clock(left_s)} left"
         )
         if "val_loss" in line:

@@ -1,8 +1,9 @@
 """Waits for the command to end, however it ends, and leaves nothing of its embedded Ray behind.
 
-Started as its own process with a pipe whose other end only the command holds. When the pipe closes, because the command is
-done or because it was killed, every process that carries the session's mark in its environment is ended and the session's
-folder removed. Standard library only: it must start in milliseconds and need nothing that can be broken.
+Started as its own process with a pipe whose other end only the command holds. When the pipe closes, because
+the command is done or because it was killed, every process that carries the session's mark in its environment
+is ended and the session's folder removed. Standard library only: it must start in milliseconds and need
+nothing that can be broken.
 """
 
 import os

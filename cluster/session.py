@@ -1,7 +1,7 @@
 """A connection to Ray for the length of one command: an embedded cluster of its own, or a running one.
 
-An embedded cluster listens under a random token, keeps its files in a folder of its own and is ended by the reaper
-(`reaper.py`) whatever happens to the command. Nothing of a joined cluster is started or stopped.
+An embedded cluster listens under a random token, keeps its files in a folder of its own and is ended by the
+reaper (`reaper.py`) whatever happens to the command. Nothing of a joined cluster is started or stopped.
 """
 
 import logging
@@ -27,7 +27,8 @@ class SessionError(RuntimeError):
 
 @contextmanager
 def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
-    """Be connected to Ray inside the `with`. Raises SessionError when a cluster at `address` cannot be joined.
+    """Be connected to Ray inside the `with`. Raises SessionError when a cluster at `address` cannot be
+    joined.
 
     `address` is "local" for an embedded cluster of `cpus` and `gpus`, else what `ray.init` takes.
     """
@@ -44,7 +45,8 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
         ray.init(address=address, namespace=namespace, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SessionError(
-            f'run.address = "{address}": no Ray cluster can be joined there ({_one_line(error)}); start one with '
+            f'run.address = "{address}": no Ray cluster can be joined there ({_one_line(error)}); start '
+            "one with "
             f'"ray start --head", or set run.address="local"'
         ) from error
     try:
@@ -68,7 +70,8 @@ def _embedded(*, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
     os.close(read_end)
     os.set_inheritable(write_end, False)
     os.environ[reaper.MARK] = folder
-    # Ray guards a new cluster with a token; without one given it would write one into the home folder, for good
+    # Ray guards a new cluster with a token; without one given it would write one into the home folder, for
+    # good
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(

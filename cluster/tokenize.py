@@ -15,7 +15,7 @@ from ..runtime.data.tokenize import tokenize_source
 def run_tokenize(
     source: str, out: Path, *, vocab_size: int, tokenizer: str | None, column: str, quiet: bool
 ) -> dict[str, Any]:
-    """Tokenize `source` into `out`, or go on with it; returns the summary as plain values. Raises DataError."""
+    """Tokenize `source` into `out`, or go on with it; returns plain values. Raises DataError."""
     config = DataConfig(source=source, column=column)
     if problems := config.problems():
         raise ConfigError("\n".join(f"{key}: {message}" for key, message in problems))

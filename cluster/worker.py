@@ -1,6 +1,8 @@
-"""The actor around one rank: a training call that lasts as long as the run, and control calls that answer beside it.
+"""The actor around one rank: a training call that lasts as long as the run, and control calls that answer
+beside it.
 
-The controller names this class without importing torch; the actor's own process imports it, as early as it can.
+The controller names this class without importing torch; the actor's own process imports it, as early as it
+can.
 """
 
 import os
@@ -89,7 +91,9 @@ class Worker:
         )
 
     def train(self, *, rank: int, plan: dict[str, Any], controller: Any) -> dict[str, Any]:
-        """Train to the end; returns an outcome or a failure as plain values, and raises nothing of the user's."""
+        """Train to the end; returns an outcome or a failure as plain values, and raises nothing of the
+        user's.
+        """
         from ..runtime.trainer import Trainer
 
         config = check_config(plan)

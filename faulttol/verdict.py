@@ -1,7 +1,8 @@
 """From what went wrong on the ranks to one sentence: who, where, when, why.
 
-When a rank fails its peers fail too, later, with "connection closed". The verdict names the first cause: a failure that is
-no consequence of a lost peer comes before one that is, and among equals the earlier comes first.
+When a rank fails its peers fail too, later, with "connection closed". The verdict names the first cause: a
+failure that is no consequence of a lost peer comes before one that is, and among equals the earlier comes
+first.
 """
 
 import sys
@@ -46,12 +47,7 @@ class Failure:
     def lost_peer(self) -> bool:
         """Whether this looks like the consequence of another rank's end."""
         text = self.message.lower()
-        is_comm = self.kind in (
-            "DistBackendError",
-            "DistNetworkError",
-            "DistStoreError",
-            "CheckpointException",
-        )
+        is_comm = self.kind in ("DistBackendError", "DistNetworkError", "DistStoreError")
         return is_comm or (self.kind == "RuntimeError" and any(sign in text for sign in _PEER_LOST))
 
 
@@ -61,7 +57,7 @@ class Verdict:
 
     sentence: str
     ranks: list[int]
-    cls: str  # "exception", "died", "silent" or "start"
+    cls: str  # "exception", "died", "silent", "start" or "controller"
     step: int
     evidence: dict[str, Any]
 
@@ -99,8 +95,8 @@ def user_frames(trace: TracebackType | None) -> list[str]:
 def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = None) -> Verdict:
     """Name the first cause among the failures of a run (at least one).
 
-    `missing` are the ranks that have not failed, and whether each still answers: when all that failed only lost a peer,
-    the missing ones are the culprits.
+    `missing` are the ranks that have not failed, and whether each still answers: when all that failed only
+    lost a peer, the missing ones are the culprits.
     """
     ranked = sorted(failures, key=lambda f: (f.lost_peer, f.time_unix))
     first = ranked[0]

@@ -1,8 +1,8 @@
 """Causal attention that respects document boundaries, in plain PyTorch.
 
-Packed rows hold several documents. Every document is a run of positions, so attention over a row is causal attention
-over each run by itself; equal adjacent runs are batched into one call of torch's fused kernel. No mask is built and no
-score between documents is ever computed.
+Packed rows hold several documents. Every document is a run of positions, so attention over a row is causal
+attention over each run by itself; equal adjacent runs are batched into one call of torch's fused kernel. No
+mask is built and no score between documents is ever computed.
 """
 
 from itertools import groupby
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 def document_runs(document_ids: torch.Tensor) -> list[tuple[int, int]]:
     """Run lengths of a packed batch: [B, S] ids -> [(count, length), ...] over the flattened B * S positions.
 
-    A run ends where the id changes and at the end of every row; `count` adjacent runs of equal length share an entry.
-    Reads the ids on the host: call it once a forward pass, not once a layer.
+    A run ends where the id changes and at the end of every row; `count` adjacent runs of equal length share
+    an entry. Reads the ids on the host: call it once a forward pass, not once a layer.
     """
     ids = np.array(
         document_ids.tolist()

@@ -1,8 +1,8 @@
 """Llama: a decoder of RMSNorm, rotary grouped-query attention and SwiGLU. Plain PyTorch, no process group.
 
-Architecture: "LLaMA" (arXiv 2302.13971) and "The Llama 3 Herd of Models" (arXiv 2407.21783). Rotary pairs are the first
-and second half of a head, as in the published weights of Hugging Face. Shapes: B batch, S sequence, D model,
-H query heads, K key/value heads, P head size, V vocabulary.
+Architecture: "LLaMA" (arXiv 2302.13971) and "The Llama 3 Herd of Models" (arXiv 2407.21783). Rotary pairs are
+the first and second half of a head, as in the published weights of Hugging Face. Shapes: B batch, S sequence,
+D model, H query heads, K key/value heads, P head size, V vocabulary.
 """
 
 import torch
@@ -17,7 +17,7 @@ EMBEDDING_STD = 0.02
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to unit root-mean-square, in fp32 whatever the input's dtype: [..., D] -> [..., D]."""
+    """Scale each vector to unit root-mean-square, computed in fp32: [..., D] -> [..., D], x's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -39,7 +39,9 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + P / 2]) by their angles, computed in fp32: [B, S, H, P] -> the same, x's dtype."""
+    """Turn the pairs (x[i], x[i + P / 2]) by their angles, computed in fp32: [B, S, H, P] -> the same, x's
+    dtype.
+    """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
@@ -120,7 +122,9 @@ class Llama(nn.Module):
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def initial(self, name: str) -> Initial:
-        """How the parameter `name` starts: matrices keep the variance of their input, outputs shrink with depth."""
+        """How the parameter `name` starts: matrices keep the variance of their input, outputs shrink with
+        depth.
+        """
         if name.endswith("norm.weight"):
             return Constant(1.0)
         if name in ("embedding.weight", "head.weight"):

@@ -1,6 +1,7 @@
 """Shape of a Llama: the configuration section, its presets, and the numbers that result. No torch here.
 
-Published shapes: "The Llama 3 Herd of Models" (arXiv 2407.21783), table 3, and the released `config.json` files.
+Published shapes: "The Llama 3 Herd of Models" (arXiv 2407.21783), table 3, and the released `config.json`
+files.
 """
 
 import difflib
@@ -43,7 +44,8 @@ class LlamaShape:
             found.append(
                 (
                     "dim",
-                    f"is {self.dim}, which model.heads = {self.heads} does not divide into even heads; use {nearest}",
+                    f"is {self.dim}, which model.heads = {self.heads} does not divide into even heads; use "
+                    f"{nearest}",
                 )
             )
         if self.heads % self.kv_heads:
@@ -85,7 +87,8 @@ class LlamaConfig:
     family: Annotated[str, "Model family: llama, or your own as package.module:factory."] = "llama"
     preset: Annotated[
         str | None,
-        "Shape to start from: tiny, mini, llama3-8b, llama3-70b, llama3-405b. Without one: tiny, or the shape found "
+        "Shape to start from: tiny, mini, llama3-8b, llama3-70b, llama3-405b. Without one: tiny, or the "
+        "shape found "
         "in init_from.",
     ] = None
     init_from: Annotated[

@@ -1,9 +1,10 @@
 """From the `[model]` section to a module, for the built-in family and for a user's own factory.
 
-A factory is called as `factory(vocab_size=..., **fields)` with the keys of the section, and returns a module with
-`forward(tokens, *, positions, document_ids) -> logits [B, S, V]` (all inputs [B, S]). Members of its `nn.ModuleList`s are
-the units that are sharded and recomputed. A module may say how its parameters start with `initial(name)` (see
-`parallel/initial.py`); without it, the numbers its constructor draws are used, the same on every rank.
+A factory is called as `factory(vocab_size=..., **fields)` with the keys of the section, and returns a module
+with `forward(tokens, *, positions, document_ids) -> logits [B, S, V]` (all inputs [B, S]). Members of its
+`nn.ModuleList`s are the units that are sharded and recomputed. A module may say how its parameters start with
+`initial(name)` (see `parallel/initial.py`); without it, the numbers its constructor draws are used, the same
+on every rank.
 """
 
 import importlib
@@ -23,14 +24,18 @@ class ModelError(ValueError):
 
 
 def llama_shape(config: LlamaConfig, vocab_size: int) -> LlamaShape:
-    """The configured shape with the tokenizer's vocabulary filled in. Raises ModelError when the two disagree."""
+    """The configured shape with the tokenizer's vocabulary filled in. Raises ModelError when the two
+    disagree.
+    """
     shape = config.shape()
     if shape.vocab_size == 0:
         return replace(shape, vocab_size=vocab_size)
     if shape.vocab_size < vocab_size:
         raise ModelError(
-            f"model.vocab_size = {shape.vocab_size}, but the tokenizer has {vocab_size} tokens, so some would have no "
-            f"embedding: set model.vocab_size=0 to take the tokenizer's, or choose the tokenizer of these weights"
+            f"model.vocab_size = {shape.vocab_size}, but the tokenizer has {vocab_size} tokens, so some "
+            "would have no "
+            "embedding: set model.vocab_size=0 to take the tokenizer's, or choose the tokenizer of these "
+            "weights"
         )
     return shape
 
@@ -45,7 +50,8 @@ def load_factory(name: str, fields: Mapping[str, Any]) -> Callable[..., nn.Modul
         factory = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
         raise ModelError(
-            f'model.family = "{name}": {module_name} cannot be imported ({error}); put it beside the configuration '
+            f'model.family = "{name}": {module_name} cannot be imported ({error}); put it beside the '
+            "configuration "
             f"file, in the working directory, or install it"
         ) from error
     except AttributeError:

@@ -1,4 +1,4 @@
-"""How parameters start: the words in which a model says it by name, and filling whatever shard a rank holds."""
+"""How parameters start: said by a model, by name, and carried out on whatever shard a rank holds."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,9 @@ Initial = Normal | Constant
 
 @torch.no_grad()
 def fill(parameter: torch.Tensor, initial: Initial, *, seed: int, name: str) -> None:
-    """Start this rank's part of the parameter `name`; the numbers depend on `(seed, name, global index)` alone."""
+    """Start this rank's part of the parameter `name`; the numbers depend on `(seed, name, global index)`
+    alone.
+    """
     shape = tuple(parameter.shape)
     local, sizes, offsets = parameter, shape, (0,) * len(shape)
     if isinstance(parameter, DTensor):

@@ -1,7 +1,7 @@
 """The layout of a run: how many ranks lie along each axis of parallelism.
 
-A `Layout` is a value. It knows no torch, no process group and no rank, so that the command line can check it in
-milliseconds before anything starts. `parallel/mesh.py` turns it into process groups.
+A `Layout` is a value. It knows no torch, no process group and no rank, so that the command line can check it
+in milliseconds before anything starts. `parallel/mesh.py` turns it into process groups.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class ParallelConfig:
     dap: Annotated[int, "Dynamic axial parallel ranks. Only 1 in this version.", "ranks"] = 1
     recompute: Annotated[
         Literal["none", "selective", "full"],
-        "What the backward pass computes again instead of storing: nothing, all but matrix products and attention, "
+        "What the backward pass computes again instead of storing: nothing, all but matrix products and "
+        "attention, "
         "or whole blocks.",
     ] = "none"
 
@@ -51,7 +52,8 @@ class ParallelConfig:
                 found.append(
                     (
                         axis,
-                        f"is {size}, but this version has no {axis} axis yet; use 1 and give the ranks to dp_shard",
+                        f"is {size}, but this version has no {axis} axis yet; use 1 and give the ranks to "
+                        "dp_shard",
                     )
                 )
         return found
@@ -87,8 +89,10 @@ def make_layout(config: ParallelConfig, *, world_size: int) -> Layout:
         needed = config.dp_replicate * config.dp_shard
         if needed != world_size:
             raise LayoutError(
-                f"parallel.dp_replicate * parallel.dp_shard = {config.dp_replicate} * {config.dp_shard} = {needed} ranks, "
-                f"but run.workers = {world_size}: set run.workers={needed}, or parallel.dp_shard=-1 to take what is left"
+                f"parallel.dp_replicate * parallel.dp_shard = {config.dp_replicate} * {config.dp_shard} = "
+                f"{needed} ranks, "
+                f"but run.workers = {world_size}: set run.workers={needed}, or parallel.dp_shard=-1 to "
+                "take what is left"
             )
         return Layout(dp_replicate=config.dp_replicate, dp_shard=config.dp_shard)
     if world_size % config.dp_replicate:
@@ -97,7 +101,8 @@ def make_layout(config: ParallelConfig, *, world_size: int) -> Layout:
             key=lambda d: abs(d - config.dp_replicate),
         )
         raise LayoutError(
-            f"parallel.dp_replicate = {config.dp_replicate} does not divide run.workers = {world_size}, so some ranks "
+            f"parallel.dp_replicate = {config.dp_replicate} does not divide run.workers = {world_size}, so "
+            "some ranks "
             f"would have no copy to work on: set parallel.dp_replicate={nearest}"
         )
     return Layout(dp_replicate=config.dp_replicate, dp_shard=world_size // config.dp_replicate)

@@ -13,8 +13,9 @@ from .layout import Layout
 class FoldedMesh:
     """The ranks of a run seen along each axis.
 
-    `dense` has the axes (dp_replicate, dp_shard), dp_shard innermost so that the ranks that gather parameters in every
-    block are neighbours. `data` holds all ranks that read different samples; loss and token counts are summed over it.
+    `dense` has the axes (dp_replicate, dp_shard), dp_shard innermost so that the ranks that gather parameters
+    in every block are neighbours. `data` holds all ranks that read different samples; loss and token counts
+    are summed over it.
     """
 
     layout: Layout

@@ -22,8 +22,8 @@ def parallelize(
 ) -> nn.Module:
     """Build a model, lay it out over `mesh` and start its parameters, the same under every layout.
 
-    A model that says how its parameters start (`initial(name)`) and has no buffers is built without memory and filled
-    shard by shard; any other is built whole on each rank from the same seed.
+    A model that says how its parameters start (`initial(name)`) and has no buffers is built without memory
+    and filled shard by shard; any other is built whole on each rank from the same seed.
     """
     model, in_memory = build_module(build, seed=seed)
     apply_recompute(blocks_of(model), recompute)

@@ -1,8 +1,8 @@
 """Counter-based random numbers: element `i` of the stream `(seed, name)` is a function of those three alone.
 
-A rank that holds rows 100 to 199 of a matrix draws exactly those numbers, so every layout starts from the same model,
-and nobody draws numbers it does not keep. The generator is Philox-4x64 (Salmon et al., SC 2011), whose raw stream numpy
-guarantees; each 64-bit word makes one normal number by the Box-Muller cosine.
+A rank that holds rows 100 to 199 of a matrix draws exactly those numbers, so every layout starts from the
+same model, and nobody draws numbers it does not keep. The generator is Philox-4x64 (Salmon et al., SC 2011),
+whose raw stream numpy guarantees; each 64-bit word makes one normal number by the Box-Muller cosine.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def normal(seed: int, name: str, start: int, count: int) -> np.ndarray:
 def normal_box(
     seed: int, name: str, *, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> np.ndarray:
-    """The part `[offsets, offsets + sizes)` of a tensor of `shape` filled from the stream in row-major order."""
+    """The box `[offsets, offsets + sizes)` of a tensor of `shape` that the stream fills in row-major order."""
     if not sizes:
         return normal(seed, name, 0, 1).reshape(())
     if 0 in sizes:

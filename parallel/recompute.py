@@ -28,7 +28,9 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def apply_recompute(blocks: list[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
-    """Make each block recompute its forward in the backward pass; names and states of the blocks stay as they are."""
+    """Make each block recompute its forward in the backward pass; names and states of the blocks stay as they
+    are.
+    """
     if mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}

@@ -1,7 +1,8 @@
 """Sharded and replicated data parallelism with FSDP2.
 
-Gradients are summed over ranks, never averaged: the loss is divided once, by the global number of valid tokens, before
-the backward pass. A replicated layout is the hybrid one with shards of one rank, so all three are one path.
+Gradients are summed over ranks, never averaged: the loss is divided once, by the global number of valid
+tokens, before the backward pass. A replicated layout is the hybrid one with shards of one rank, so all three
+are one path.
 """
 
 from typing import Literal

@@ -1,8 +1,8 @@
 """One typed configuration, read from TOML and `section.key=value` overrides, checked as a whole.
 
-Each folder owns the dataclasses of its own things; this file only composes them. Every problem is found before any is
-reported, each with where it stands, what is wrong and the nearest thing that works. No torch here: the command line
-answers in milliseconds.
+Each folder owns the dataclasses of its own things; this file only composes them. Every problem is found
+before any is reported, each with where it stands, what is wrong and the nearest thing that works. No torch
+here: the command line answers in milliseconds.
 """
 
 import difflib
@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CustomModel:
-    """Section `[model]` of a user's own model: `family` names the factory, every other key is passed to it."""
+    """Section `[model]` of a user's own: `family` names the factory, every other key is passed to it."""
 
     family: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -265,7 +265,7 @@ def type_name(hint: Any) -> str:
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     assert is_dataclass(cls), f"{cls} is no configuration section"
-    return {name: hint for name, hint in get_type_hints(cls, include_extras=True).items()}
+    return get_type_hints(cls, include_extras=True)
 
 
 @cache

@@ -1,6 +1,8 @@
-"""The data of a run on its ranks: the index, counted once by all ranks together, and what can go wrong with it.
+"""The data of a run on its ranks: the index, counted once by all ranks together, and what can go wrong with
+it.
 
-The index is kept in the run's folder. A run that goes on compares the source with it and refuses a changed one.
+The index is kept in the run's folder. A run that goes on compares the source with it and refuses a changed
+one.
 """
 
 from collections.abc import Callable
@@ -71,7 +73,9 @@ def _count_together(
 
 
 def _together(mesh: FoldedMesh, work: Callable[[], Any]) -> list[Any]:
-    """Every rank's result in rank order; a rank's DataError is raised on all, so that none waits for the others."""
+    """Every rank's result in rank order; a rank's DataError is raised on all, so that none waits for the
+    others.
+    """
     result: dict[str, Any] = {}
     try:
         result["value"] = work()

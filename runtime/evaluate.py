@@ -27,7 +27,9 @@ class Validation:
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], mesh: FoldedMesh, token_bytes: np.ndarray
 ) -> Validation:
-    """Measure `model` on each rank's `batches` (every rank has as many); `token_bytes` [V] is the text behind an id."""
+    """Measure `model` on each rank's `batches` (every rank has as many); `token_bytes` [V] is the text behind
+    an id.
+    """
     widths = torch.from_numpy(np.append(token_bytes, 0)).to(
         mesh.device
     )  # the last entry serves ignored labels

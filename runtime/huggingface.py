@@ -42,7 +42,9 @@ class WeightsError(ValueError):
 
 
 def hf_name(name: str) -> str:
-    """The name that `transformers` gives to the parameter `name` of a Llama. Raises WeightsError for any other name."""
+    """The name that `transformers` gives to the parameter `name` of a Llama. Raises WeightsError for any
+    other name.
+    """
     if name in _FIXED:
         return _FIXED[name]
     parts = name.split(".", 2)
@@ -77,7 +79,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             stored = opened.get_slice(source)
             if tuple(stored.get_shape()) != shape:
                 raise WeightsError(
-                    f"{files[source]}: {source} has shape {list(stored.get_shape())}, the model needs {list(shape)}; "
+                    f"{files[source]}: {source} has shape {list(stored.get_shape())}, the model needs "
+                    f"{list(shape)}; "
                     f"leave model.preset and the sizes away to take the shape of config.json"
                 )
             if local.numel():
@@ -112,8 +115,8 @@ def export_weights(
 ) -> list[Path]:
     """Write the model of a checkpoint as a Hugging Face folder; returns the files.
 
-    `out` must not hold another model. At most one output file (5 GB) is in memory at a time. Raises WeightsError for a
-    folder in use and DamagedCheckpoint for a checkpoint that is not whole.
+    `out` must not hold another model. At most one output file (5 GB) is in memory at a time. Raises
+    WeightsError for a folder in use and DamagedCheckpoint for a checkpoint that is not whole.
     """
     if out.exists() and any(out.iterdir()):
         raise WeightsError(f"{out}: exists and is not empty; choose a new folder, nothing was written")

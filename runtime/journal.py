@@ -1,7 +1,7 @@
 """The written record of a run: metrics.jsonl, events.jsonl and summary.json, one writer for all three.
 
-Lines are appended whole and flushed. A line that a kill cut short is removed when the run goes on. A step that is trained
-again carries `attempt`, so no step is ever told twice as the same.
+Lines are appended whole and flushed. A line that a kill cut short is removed when the run goes on. A step
+that is trained again carries `attempt`, so no step is ever told twice as the same.
 """
 
 import json
@@ -37,14 +37,14 @@ class Journal:
         self._run_dir = run_dir
         for name in (METRICS, EVENTS):
             drop_torn_line(run_dir / name)
-        self._last_step = max((line["step"] for line in read_lines(run_dir / METRICS)), default=0)
+        self.last_step = max((line["step"] for line in read_lines(run_dir / METRICS)), default=0)
         self.attempt = 1 + sum(event["kind"] == "run_started" for event in read_lines(run_dir / EVENTS))
         self._metrics = open(run_dir / METRICS, "a")  # noqa: SIM115 (closed by close)
         self._events = open(run_dir / EVENTS, "a")  # noqa: SIM115
 
     def metric(self, values: dict[str, Any]) -> dict[str, Any]:
         """Record one optimizer step; returns the line as written."""
-        line = values if values["step"] > self._last_step else values | {"attempt": self.attempt}
+        line = values if values["step"] > self.last_step else values | {"attempt": self.attempt}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         return line
@@ -135,7 +135,9 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
 
 def _time_at_work(events: list[dict[str, Any]]) -> float:
-    """Seconds between each start and the last thing heard of it; the pauses between a kill and a restart do not count."""
+    """Seconds between each start and the last thing heard of it; the pauses between a kill and a restart do
+    not count.
+    """
     total, start, last = 0.0, None, 0.0
     for event in events:
         if event["kind"] == "run_started":

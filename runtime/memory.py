@@ -1,7 +1,7 @@
 """Memory of one rank before anything starts: parameters counted, activations measured on a pretended step.
 
-The model runs once on tensors that have shapes and no memory; what autograd would keep for the backward pass is added up.
-So the figure follows the real model, also a user's own, and needs no formula of a family.
+The model runs once on tensors that have shapes and no memory; what autograd would keep for the backward pass
+is added up. So the figure follows the real model, also a user's own, and needs no formula of a family.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,8 @@ def estimate_memory(plan: RunPlan) -> RankMemory:
     per_block = [_numbers(block) for block in blocks]
     largest = max([count - sum(per_block), *per_block])
     width = 2 if config.precision.compute == "bf16" else FP32_BYTES
-    # the root is gathered for the whole step, one block beside it; a layout of whole copies gathers nothing new in fp32
+    # the root is gathered for the whole step, one block beside it; a layout of whole copies gathers nothing
+    # new in fp32
     gathered = (
         0 if layout.dp_shard == 1 and width == FP32_BYTES else (count - sum(per_block) + largest) * width
     )
@@ -77,7 +78,9 @@ def estimate_memory(plan: RunPlan) -> RankMemory:
 
 
 def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> int:
-    """Bytes that the backward pass of `batch` needs, beyond parameters and the batch; tensors that share memory once."""
+    """Bytes that the backward pass of `batch` needs, beyond parameters and the batch; tensors that share
+    memory once.
+    """
     known = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[Any, int] = {}
 

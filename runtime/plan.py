@@ -1,4 +1,6 @@
-"""What a configuration comes to on given resources: every "auto" replaced, the layout fixed, all of it checked."""
+"""What a configuration comes to on given resources: every "auto" replaced, the layout fixed, all of it
+checked.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -40,12 +42,14 @@ def make_run_plan(config: RunConfig, *, cpus: int, gpus: int) -> RunPlan:
         problems += [f"batch.{key}: {message}" for key, message in config.batch.problems_with(layout.dp_size)]
     if config.run.eval_every and not config.data.val_fraction:
         problems.append(
-            f"run.eval_every: is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to validate on; "
+            f"run.eval_every: is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to "
+            "validate on; "
             f"set data.val_fraction=0.05, or run.eval_every=0"
         )
     if config.optim.warmup_steps > config.run.steps:
         problems.append(
-            f"optim.warmup_steps: is {config.optim.warmup_steps}, longer than run.steps = {config.run.steps}; "
+            f"optim.warmup_steps: is {config.optim.warmup_steps}, longer than run.steps = "
+            f"{config.run.steps}; "
             f"use {config.run.steps // 10}"
         )
     if problems or layout is None:

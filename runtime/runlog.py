@@ -1,4 +1,6 @@
-"""What the folder of a run says, read for people: whole lines as columns, and notes on what could not be read."""
+"""What the folder of a run says, read for people: whole lines as columns, and notes on what could not be
+read.
+"""
 
 import difflib
 import json

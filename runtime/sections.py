@@ -16,7 +16,8 @@ class RunSection:
     steps: Annotated[int, "Optimizer steps in all; raise it to train a finished run further.", "steps"] = 100
     workers: Annotated[
         Literal["auto"] | int,
-        "Ranks. auto: what the parallel axes multiply to, or else one a GPU, or else one a CPU core (at most 8).",
+        "Ranks. auto: what the parallel axes multiply to, or else one a GPU, or else one a CPU core (at "
+        "most 8).",
         "ranks",
     ] = "auto"
     device: Annotated[
@@ -24,7 +25,8 @@ class RunSection:
     ] = "auto"
     address: Annotated[
         str,
-        'Ray cluster: "local" starts one inside the command and ends it, "auto" or host:port joins a running one.',
+        'Ray cluster: "local" starts one inside the command and ends it, "auto" or host:port joins a '
+        "running one.",
     ] = "local"
     eval_every: Annotated[int, "Steps between validations; 0 for none.", "steps"] = 0
     eval_samples: Annotated[int, "Held-out samples a validation reads; 0 reads all.", "samples"] = 512

@@ -1,8 +1,8 @@
 """The state of a run as one named, layout-independent dict of tensors, and its progress as plain values.
 
-Tensors are named by their place in the unsharded model (`model.<name>`, `optim.<moment>.<name>`) and have global shapes.
-What is a pure function of the step (learning rate, random streams, order of samples) is not stored: the step and the
-cursor are.
+Tensors are named by their place in the unsharded model (`model.<name>`, `optim.<moment>.<name>`) and have
+global shapes. What is a pure function of the step (learning rate, random streams, order of samples) is not
+stored: the step and the cursor are.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,8 +1,8 @@
 """One optimizer step: forward, backward, update; returns a value.
 
-The loss contract: a step yields (sum of token losses, number of valid tokens). Both are summed over every rank that
-carries data and divided once. The count is known before the forward pass, so its sum travels while the model computes,
-and gradients leave the backward pass already divided by it.
+The loss contract: a step yields (sum of token losses, number of valid tokens). Both are summed over every
+rank that carries data and divided once. The count is known before the forward pass, so its sum travels while
+the model computes, and gradients leave the backward pass already divided by it.
 """
 
 import time
@@ -101,7 +101,9 @@ def _valid_tokens(microbatches: Sequence[Batch]) -> int:
 
 
 def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh) -> torch.Tensor:
-    """This rank's part of the squared global norm, in fp64; replicas hold equal shards, so each gives its part."""
+    """This rank's part of the squared global norm, in fp64; replicas hold equal shards, so each gives its
+    part.
+    """
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=mesh.device)
     norms = torch.stack(torch._foreach_norm(grads)).double()
@@ -109,7 +111,9 @@ def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh) -> torch.Tensor:
 
 
 def _reduce_when_last(model: nn.Module, mesh: FoldedMesh, *, last: bool) -> None:
-    """Accumulate over micro-batches where memory allows: whole copies wait for the last, shards are reduced each time."""
+    """Accumulate over micro-batches where memory allows: whole copies wait for the last, shards are reduced
+    each time.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
         model.set_requires_gradient_sync(last or mesh.layout.dp_shard > 1)

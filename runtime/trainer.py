@@ -1,7 +1,7 @@
 """The loop of one rank. It holds references and calls; what it calls computes.
 
-The loop is SPMD: every rank runs it, under any launcher, and nothing on the step path talks to anyone but the other ranks.
-What happened is told to a `Recorder`, which must not wait.
+The loop is SPMD: every rank runs it, under any launcher, and nothing on the step path talks to anyone but the
+other ranks. What happened is told to a `Recorder`, which must not wait.
 """
 
 import logging
@@ -76,7 +76,9 @@ class Trainer:
         self.phase = "setting up"
 
     def run(self) -> Outcome:
-        """Train to the end, or until some rank's stop event is set; the last step reached has a durable checkpoint."""
+        """Train to the end, or until some rank's stop event is set; the last step reached has a durable
+        checkpoint.
+        """
         mesh = make_mesh(self._plan.layout, _device(self._plan.device))
         self.phase = "reading the data"
         corpus = open_corpus(
@@ -90,14 +92,11 @@ class Trainer:
         self.phase = "building the model"
         state = self._build_state(mesh, corpus)
         checkpointer = self._make_checkpointer(mesh)
-        loaded_step = self._resume(mesh, state, checkpointer)
+        self._resume(mesh, state, checkpointer)
         with closing(corpus.dataset):
             status = self._train(mesh, corpus, state, checkpointer)
         self.phase = "writing the last checkpoint"
         checkpointer.wait()  # one that failed on the way must not look like one that stands
-        if state.progress.step != loaded_step and state.progress.step not in self._shelf.steps():
-            checkpointer.save(state)
-            checkpointer.wait()
         return Outcome(status, state.progress.step)
 
     def _train(self, mesh: FoldedMesh, corpus: Corpus, state: TrainState, checkpointer: Checkpointer) -> str:
@@ -201,10 +200,11 @@ class Trainer:
 
     def _make_checkpointer(self, mesh: FoldedMesh) -> Checkpointer:
         config = self._config
-        self._shelf = Shelf(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
+        shelf = Shelf(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
         if mesh.data_rank == 0:
-            self._shelf.clear_leftovers()
-        # the writing thread needs collectives of its own: on the training group they would mix with the step's
+            shelf.clear_leftovers()
+        # the writing thread needs collectives of its own: on the training group they would mix with the
+        # step's
         timeout = timedelta(seconds=config.run.collective_timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
 
@@ -212,16 +212,16 @@ class Trainer:
             self._recorder.event("checkpoint", step, seconds=seconds)
             self._recorder.flush()  # a step before a checkpoint is never missing from the record
 
-        return Checkpointer(self._shelf, everyone=mesh.data, group=group, on_commit=committed)
+        return Checkpointer(shelf, everyone=mesh.data, group=group, on_commit=committed)
 
-    def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> int:
+    def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> None:
         self.phase = "loading a checkpoint"
         started = time.perf_counter()
         loaded = checkpointer.load(state)
         if loaded is None:
             if isinstance(self._config.model, LlamaConfig) and self._config.model.init_from:
                 load_weights(state.model, Path(self._config.model.init_from))
-            return 0
+            return
         if mesh.data_rank == 0:
             for problem in loaded.damaged:
                 self._recorder.event(
@@ -234,7 +234,6 @@ class Trainer:
                 from_step=loaded.step,
                 seconds=time.perf_counter() - started,
             )
-        return loaded.step
 
     def _tell_skipped(self, mesh: FoldedMesh, corpus: Corpus) -> None:
         if mesh.data_rank == 0:
@@ -256,7 +255,9 @@ class Trainer:
 
 
 def seed_step(seed: int, step: int, data_rank: int) -> None:
-    """Give a model that draws random numbers (dropout) a stream that follows from the step, so nothing needs saving."""
+    """Give a model that draws random numbers (dropout) a stream that follows from the step, so nothing needs
+    saving.
+    """
     torch.manual_seed(order_key(seed, "torch", step, data_rank))
 
 

@@ -16,7 +16,7 @@ import torch
 # Forked ranks inherit these; imported by each rank they would cost seconds.
 import torch._dynamo
 import torch.distributed as dist
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel
 
 _FORK = multiprocessing.get_context("fork")
 _AFTER_FIRST_ERROR_S = 2.0  # an earlier failure of another rank may still be on its way
@@ -25,8 +25,8 @@ _AFTER_FIRST_ERROR_S = 2.0  # an earlier failure of another rank may still be on
 def run_ranks(world_size: int, fn: Callable[[], Any], *, timeout_s: float = 60.0) -> list[Any]:
     """Call `fn()` on every rank and return its results in rank order (plain values, not tensors).
 
-    Raises AssertionError with the traceback of the rank that failed first: the others fail too, later, only because a
-    peer left.
+    Raises AssertionError with the traceback of the rank that failed first: the others fail too, later, only
+    because a peer left.
     """
     outcomes = _FORK.Queue()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Save while training goes on, load the newest that is whole.
 
-Saving copies the tensors once (the only part that training waits for) and writes from a thread with its own process group.
-Loading tries the newest committed checkpoint first and falls back to older ones when it is damaged; all ranks agree.
+Saving copies the tensors once (the only part that training waits for) and writes from a thread with its own
+process group. Loading tries the newest committed checkpoint first and falls back to older ones when it is
+damaged; all ranks agree.
 """
 
 import shutil
@@ -29,6 +30,10 @@ from .storage import FolderReader, FolderWriter
 
 class NoCheckpointLeft(RuntimeError):
     """Checkpoints exist, and none of them is whole."""
+
+
+class CheckpointNotWritten(RuntimeError):
+    """A save came to nothing; the checkpoint before it still stands."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,14 @@ class Checkpointer:
         self._on_commit = on_commit
         self._copies: dict[str, torch.Tensor] = {}
         self._writing: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None  # what stopped the last write, the same on every rank
+        self._untold: Exception | None = None
 
     def save(self, state: TrainState) -> float:
         """Copy the state and start writing it; returns the seconds that training waited."""
         started = time.perf_counter()
         self._join()
+        self._error = None
         copies = self._copy(state.tensors())
         progress = state.progress_values()
         stall = time.perf_counter() - started
@@ -75,16 +82,19 @@ class Checkpointer:
         self._writing.start()
         return stall
 
-    def take_error(self) -> BaseException | None:
-        """What stopped the last finished write, once; the previous checkpoint still stands."""
-        error, self._error = self._error, None
+    def take_error(self) -> Exception | None:
+        """What stopped a write that has ended, told once; the previous checkpoint still stands.
+
+        Ranks hear of it at different steps; only `wait` answers alike on all.
+        """
+        error, self._untold = self._untold, None
         return error
 
     def wait(self) -> None:
-        """Wait until the last save is durable. Raises what stopped it."""
+        """Wait until the last save is durable. Raises what stopped it, told before or not."""
         self._join()
-        if (error := self.take_error()) is not None:
-            raise error
+        if self._error is not None:
+            raise self._error
 
     def load(self, state: TrainState) -> Loaded | None:
         """Load the newest whole checkpoint into `state`; None when there is none at all.
@@ -106,7 +116,8 @@ class Checkpointer:
             return Loaded(step, damaged)
         if damaged:
             raise NoCheckpointLeft(
-                f"none of the checkpoints in {self._shelf.folder} is whole: {'; '.join(damaged)}. Restore one from a "
+                f"none of the checkpoints in {self._shelf.folder} is whole: {'; '.join(damaged)}. Restore "
+                "one from a "
                 f"backup, or choose another run.dir to start anew"
             )
         return None
@@ -124,7 +135,10 @@ class Checkpointer:
             writer = FolderWriter(partial, progress, commit)
             dcp.save(copies, storage_writer=writer, planner=planner, process_group=self._group)
         except (CheckpointException, OSError, RuntimeError) as error:
-            self._error = error
+            if isinstance(error, CheckpointException):
+                # torch's is no Exception: raised as it is, it would pass by whoever reports this rank's end
+                error = CheckpointNotWritten(f"step {progress['step']}: {_first_cause(error)}")
+            self._error = self._untold = error
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
 
     def _join(self) -> None:

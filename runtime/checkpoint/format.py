@@ -1,11 +1,13 @@
-"""What lies in a checkpoint folder: raw tensor chunks, and a JSON index that says where each is and what its sum is.
+"""What lies in a checkpoint folder: raw tensor chunks, and a JSON index that says where each is and what its
+sum is.
 
     step-00000100/
         index.json          progress of the run; for each tensor its dtype, global shape and chunks
         rank-00000.bin ...  the bytes of the chunks, one file a writer
 
-Nothing is pickled. Every chunk carries a CRC-32 and the index carries a SHA-256 of itself, so that no flipped bit or lost
-tail is ever loaded. No key holds a rank or a world size: the file name of a chunk is only where it lies.
+Nothing is pickled. Every chunk carries a CRC-32 and the index carries a SHA-256 of itself, so that no flipped
+bit or lost tail is ever loaded. No key holds a rank or a world size: the file name of a chunk is only where
+it lies.
 """
 
 import hashlib

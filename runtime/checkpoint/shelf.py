@@ -1,7 +1,8 @@
 """The checkpoints of a run on disk: which stand, which is newest, and how one comes to stand.
 
-A checkpoint is written into `step-N.partial` and renamed to `step-N` when all of it is durable, so a kill at any instant
-leaves the last good one. An old one is renamed away before it is deleted, so that half of one never looks whole.
+A checkpoint is written into `step-N.partial` and renamed to `step-N` when all of it is durable, so a kill at
+any instant leaves the last good one. An old one is renamed away before it is deleted, so that half of one
+never looks whole.
 """
 
 import os

@@ -1,7 +1,8 @@
-"""torch's distributed checkpoint over the folder of `format.py`: its planners decide who writes and reads what.
+"""torch's distributed checkpoint over the folder of `format.py`: its planners decide who writes and reads
+what.
 
-The planners shard, deduplicate replicas and reshard on load; these two classes only move bytes. torch's own file storage is
-not used because it keeps its metadata as a pickle and has no checksums.
+The planners shard, deduplicate replicas and reshard on load; these two classes only move bytes. torch's own
+file storage is not used because it keeps its metadata as a pickle and has no checksums.
 """
 
 import os
@@ -36,7 +37,9 @@ from .format import Chunk, Index, TensorEntry, read_chunk, read_index, tensor_by
 
 
 class FolderWriter(StorageWriter):
-    """Writes one checkpoint into `folder`; `commit(folder)` is called on the coordinator when all of it is durable."""
+    """Writes one checkpoint into `folder`; `commit(folder)` is called on the coordinator when all of it is
+    durable.
+    """
 
     def __init__(self, folder: Path, progress: dict[str, Any], commit: Callable[[Path], None]) -> None:
         self._folder = folder
@@ -111,7 +114,7 @@ class FolderWriter(StorageWriter):
 
 
 class FolderReader(StorageReader):
-    """Reads a checkpoint folder under any layout; raises DamagedCheckpoint rather than return a wrong byte."""
+    """Reads a checkpoint folder under any layout; raises DamagedCheckpoint rather than give a wrong byte."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -153,7 +156,7 @@ class FolderReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Verify each needed chunk whole, then copy the needed part of it; one chunk is in memory at a time."""
+        """Verify each needed chunk whole, then copy the part of it; one chunk is in memory at a time."""
         wanted: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             wanted[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)].append(item)

@@ -1,7 +1,8 @@
 """AdamW on the shards that a rank holds (Loshchilov and Hutter, arXiv 1711.05101), with torch's fused kernel.
 
-AdamW is elementwise, so it runs on the local tensors of the sharded parameters: the fused kernel sees plain memory, and
-nothing is dispatched through DTensor on the step path. At rest every moment is a DTensor again, named like its parameter.
+AdamW is elementwise, so it runs on the local tensors of the sharded parameters: the fused kernel sees plain
+memory, and nothing is dispatched through DTensor on the step path. At rest every moment is a DTensor again,
+named like its parameter.
 """
 
 from dataclasses import dataclass

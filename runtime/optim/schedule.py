@@ -9,8 +9,8 @@ def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (1 to `steps`).
 
     Warm-up rises linearly and reaches the peak at `warmup_steps`. After it, cosine and linear fall to
-    `min_lr_ratio` of the peak at the last step; wsd (warm-up-stable-decay, arXiv 2404.06395) stays at the peak and falls
-    linearly over the last `decay_steps`.
+    `min_lr_ratio` of the peak at the last step; wsd (warm-up-stable-decay, arXiv 2404.06395) stays at the
+    peak and falls linearly over the last `decay_steps`.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps

@@ -40,11 +40,11 @@ Arrays = dict[str, np.ndarray]
 FP32_TOLERANCE = 1e-5
 # bf16 keeps 8 bits. With micro-batches of the same rows every rank computes the same bf16 numbers, and they
 # are added up in fp32: the first gradients agree as fp32 does. Parameters that then differ in their last fp32
-# bit round to different bf16 neighbours now and then; each such weight is off by up to 2^-8, a tensor by less.
+# bit round to different bf16 neighbours now and then; each such weight is off by up to 2^-8.
 BF16_TOLERANCE = 2.0**-8
 # AdamW's first updates are lr * sign(gradient), whatever the gradient's size: an element that is nothing but
-# rounding moves by lr in either direction. In bf16 that has to stay small beside a weight (0.02), or a flipped
-# sign feeds the next rounding.
+# rounding moves by lr in either direction. In bf16 that has to stay small beside a weight (0.02), or every
+# flipped sign feeds the next rounding.
 BF16_LR = 1e-3
 
 SEED, STEPS, ROWS, SEQ_LEN, VOCAB = 7, 4, 8, 19, 97

@@ -1,9 +1,10 @@
-"""Checkpoints: what was saved comes back, what was damaged never does, and a kill at any instant costs nothing.
+"""Checkpoints: what was saved comes back, what was damaged never does, and a kill costs nothing.
 
 Everything runs on the real path: torch's planners over real gloo ranks and a real folder.
 """
 
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from rayfold.runtime.optim.config import OptimConfig
 from rayfold.runtime.state import Progress, TrainState
 
 PACKAGE = Path(__file__).parents[2]
+FOLDERS = ("cluster", "faulttol", "kernels", "models", "parallel", "runtime")
 SHAPE = LlamaShape(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=7, vocab_size=31)
 TWO = Layout(dp_replicate=1, dp_shard=2)
 
@@ -198,8 +200,6 @@ def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
     index = tmp_path / "step-00000001" / "index.json"
     text = index.read_text().replace('"version":1', '"version":2')
     body = text[text.index('"index":') + len('"index":') : -2]
-    import hashlib
-
     index.write_text(f'{{"sha256":"{hashlib.sha256(body.encode()).hexdigest()}","index":{body}}}\n')
     with pytest.raises(AssertionError, match="format version 2, this program reads 1"):
         load(tmp_path)
@@ -268,7 +268,7 @@ def test_a_failed_write_is_told_and_the_earlier_one_stands(
             checkpointer.wait()
         except Exception as error:
             raised = type(error).__name__
-        told_once = checkpointer.take_error() is None
+        told_once = checkpointer.take_error() is not None and checkpointer.take_error() is None
         dist.barrier()
         standing = shelf.steps()
         dist.barrier()
@@ -278,7 +278,7 @@ def test_a_failed_write_is_told_and_the_earlier_one_stands(
         return raised, told_once, standing
 
     for raised, told_once, standing in run_ranks(2, on_rank):
-        assert raised == "CheckpointException"
+        assert raised == "CheckpointNotWritten"
         assert told_once
         assert standing == [1]
     loaded = load(tmp_path)
@@ -330,9 +330,7 @@ def test_replicas_are_written_once(tmp_path: Path) -> None:
 def test_no_pickle_is_ever_read() -> None:
     """Loading a pickle runs whatever is in it, and its bytes have no checksum."""
     found = []
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).parts[0] in (".venv", "build", "tests"):
-            continue
+    for path in (p for folder in FOLDERS for p in (PACKAGE / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
