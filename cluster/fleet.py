@@ -70,10 +70,9 @@ def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bo
         have = {name: int(n) for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
         remove_placement_group(group)
         raise FleetError(
-            f"run.workers = {world_size} ranks need {world_size} x {bundle}, and after {timeout_s:.0f} s "
-            "the cluster, "
-            f"which has {have} in all, had not that much free: lower run.workers, or wait for other jobs "
-            "to end"
+            f"run.workers = {world_size} ranks need {world_size} x {bundle}, and after {timeout_s:.0f} s the "
+            f"cluster, which has {have} in all, had not that much free: lower run.workers, or wait for other "
+            "jobs to end"
         ) from None
     options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
         "num_cpus": 1,

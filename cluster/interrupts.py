@@ -16,10 +16,22 @@ class StoppedAtOnce(BaseException):
 
 
 class Interrupts:
-    """How often the user asked to stop."""
+    """How often the user asked to stop.
+
+    A second time is raised in the middle of whatever runs, until someone polls: Ray's calls answer an exception from a
+    signal handler with a SystemError of their own.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count = 0
+        self._polled = False
+
+    def poll(self) -> bool:
+        """Whether a clean stop is asked for; raises StoppedAtOnce when it was asked for twice."""
+        self._polled = True
+        if self._count >= 2:
+            raise StoppedAtOnce
+        return self._count > 0
 
     def listen(self) -> None:
         """Be the handler of the signals that ask; they belong to the main thread."""
@@ -28,8 +40,8 @@ class Interrupts:
                 signal.signal(number, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count == 2:  # once: a third key must not cut the cleaning up short
+        self._count += 1
+        if self._count == 2 and not self._polled:  # once: a third must not cut the cleaning up short
             raise StoppedAtOnce
 
 

@@ -1,6 +1,7 @@
 """The command's side of a run: bring Ray up, start the controller, show what happens, pass on Ctrl-C."""
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -50,21 +51,24 @@ def _watch(controller: Any, progress: Progress, asked: Interrupts) -> dict[str, 
     told, seen = False, 0
     while True:
         done, _ = ray.wait([end], timeout=LOOK_EVERY_S)
-        if asked.count and not told:
+        if asked.poll() and not told:
             told = True
             controller.stop.remote()
             progress.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-        if not done:
-            seen = _show_news(controller, progress, seen)
-            continue
-        summary: dict[str, Any] = ray.get(end)
-        _show_news(controller, progress, seen)
-        return summary
+        seen = _show_news(controller, progress, seen, asked)
+        if done:
+            summary: dict[str, Any] = ray.get(end)
+            return summary
 
 
-def _show_news(controller: Any, progress: Progress, seen: int) -> int:
-    # answered by a thread of its own; a dead controller raises
-    view = ray.get(controller.view.remote(seen), timeout=ANSWER_S)
+def _show_news(controller: Any, progress: Progress, seen: int, asked: Interrupts) -> int:
+    asked_for = controller.view.remote(seen)  # answered by a thread of its own; a dead controller raises
+    deadline = time.monotonic() + ANSWER_S
+    while not ray.wait([asked_for], timeout=LOOK_EVERY_S)[0]:
+        asked.poll()
+        if time.monotonic() > deadline:
+            raise GetTimeoutError(f"the controller did not answer for {ANSWER_S:.0f} s")
+    view = ray.get(asked_for)
     for item in view["news"]:
         progress.news(item)
     progress.phase(view["phase"])
@@ -78,8 +82,7 @@ def _close_record(plan: RunPlan, error: Exception) -> dict[str, Any]:
     verdict = Verdict(
         sentence=(
             f"the controller of the run was lost after step {step}, or Ray under it; the last durable "
-            "checkpoint "
-            f"stands, and the same command goes on from it"
+            "checkpoint stands, and the same command goes on from it"
         ),
         ranks=[],
         cls="controller",

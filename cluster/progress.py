@@ -62,8 +62,7 @@ class Progress:
         left_s = (self._steps - line["step"]) * line["step_time_s"]
         text = (
             f"step {line['step']}/{self._steps}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} "
-            "tokens/s  "
-            f"{line['step_time_s']:.3f} s/step  {clock(left_s)} left"
+            f"tokens/s  {line['step_time_s']:.3f} s/step  {clock(left_s)} left"
         )
         if "val_loss" in line:
             text += f"  val loss {line['val_loss']:.4f} ({line['val_bits_per_byte']:.3f} bits/byte)"

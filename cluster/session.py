@@ -25,6 +25,10 @@ class SessionError(RuntimeError):
     """No Ray to run on."""
 
 
+class SessionLost(RuntimeError):
+    """Ray itself died under the run; names its processes that are gone."""
+
+
 @contextmanager
 def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
     """Be connected to Ray inside the `with`. Raises SessionError when a cluster at `address` cannot be
@@ -53,6 +57,16 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
         yield
     finally:
         ray.shutdown()
+
+
+def check_embedded() -> None:
+    """Raise SessionLost when a process of the embedded Ray is gone; says nothing about a joined cluster.
+
+    Ray's own answer to a lost GCS is to wait, and then to end this process without a word.
+    """
+    node = ray._private.worker.global_worker.node
+    if node is not None and (dead := node.dead_processes()):
+        raise SessionLost(", ".join(name for name, _ in dead))
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class Worker:
         self._trainer = Trainer(make_run_plan(config, cpus=1, gpus=gpus), outbox, self._stop)
         try:
             return {"outcome": asdict(self._trainer.run())}
-        except Exception as error:  # whatever the user's code raises becomes the verdict
+        except BaseException as error:  # whatever the user's code raises, sys.exit too, becomes the verdict
             return {
                 "failure": asdict(
                     failure_of(error, rank=rank, step=self._trainer.step, time_unix=time.time())

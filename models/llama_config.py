@@ -88,8 +88,7 @@ class LlamaConfig:
     preset: Annotated[
         str | None,
         "Shape to start from: tiny, mini, llama3-8b, llama3-70b, llama3-405b. Without one: tiny, or the "
-        "shape found "
-        "in init_from.",
+        "shape found in init_from.",
     ] = None
     init_from: Annotated[
         str | None, "Folder with Hugging Face weights (config.json, *.safetensors) to start from."

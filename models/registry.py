@@ -33,9 +33,8 @@ def llama_shape(config: LlamaConfig, vocab_size: int) -> LlamaShape:
     if shape.vocab_size < vocab_size:
         raise ModelError(
             f"model.vocab_size = {shape.vocab_size}, but the tokenizer has {vocab_size} tokens, so some "
-            "would have no "
-            "embedding: set model.vocab_size=0 to take the tokenizer's, or choose the tokenizer of these "
-            "weights"
+            "would have no embedding: set model.vocab_size=0 to take the tokenizer's, or choose the "
+            "tokenizer of these weights"
         )
     return shape
 
@@ -51,8 +50,7 @@ def load_factory(name: str, fields: Mapping[str, Any]) -> Callable[..., nn.Modul
     except ImportError as error:
         raise ModelError(
             f'model.family = "{name}": {module_name} cannot be imported ({error}); put it beside the '
-            "configuration "
-            f"file, in the working directory, or install it"
+            "configuration file, in the working directory, or install it"
         ) from error
     except AttributeError:
         public = [key for key in vars(importlib.import_module(module_name)) if not key.startswith("_")]

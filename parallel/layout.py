@@ -34,8 +34,7 @@ class ParallelConfig:
     recompute: Annotated[
         Literal["none", "selective", "full"],
         "What the backward pass computes again instead of storing: nothing, all but matrix products and "
-        "attention, "
-        "or whole blocks.",
+        "attention, or whole blocks.",
     ] = "none"
 
     def problems(self) -> list[tuple[str, str]]:
@@ -90,9 +89,8 @@ def make_layout(config: ParallelConfig, *, world_size: int) -> Layout:
         if needed != world_size:
             raise LayoutError(
                 f"parallel.dp_replicate * parallel.dp_shard = {config.dp_replicate} * {config.dp_shard} = "
-                f"{needed} ranks, "
-                f"but run.workers = {world_size}: set run.workers={needed}, or parallel.dp_shard=-1 to "
-                "take what is left"
+                f"{needed} ranks, but run.workers = {world_size}: set run.workers={needed}, or "
+                "parallel.dp_shard=-1 to take what is left"
             )
         return Layout(dp_replicate=config.dp_replicate, dp_shard=config.dp_shard)
     if world_size % config.dp_replicate:
@@ -102,7 +100,6 @@ def make_layout(config: ParallelConfig, *, world_size: int) -> Layout:
         )
         raise LayoutError(
             f"parallel.dp_replicate = {config.dp_replicate} does not divide run.workers = {world_size}, so "
-            "some ranks "
-            f"would have no copy to work on: set parallel.dp_replicate={nearest}"
+            f"some ranks would have no copy to work on: set parallel.dp_replicate={nearest}"
         )
     return Layout(dp_replicate=config.dp_replicate, dp_shard=world_size // config.dp_replicate)

@@ -31,7 +31,7 @@ def normal(seed: int, name: str, start: int, count: int) -> np.ndarray:
 def normal_box(
     seed: int, name: str, *, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> np.ndarray:
-    """The box `[offsets, offsets + sizes)` of a tensor of `shape` that the stream fills in row-major order."""
+    """Box `[offsets, offsets + sizes)` of a tensor of `shape` filled from the stream in row-major order."""
     if not sizes:
         return normal(seed, name, 0, 1).reshape(())
     if 0 in sizes:

@@ -7,14 +7,17 @@ here: the command line answers in milliseconds.
 
 import difflib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date, time
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ..models.llama_config import LlamaConfig
 from ..parallel.layout import ParallelConfig
@@ -169,8 +172,8 @@ def _build_section(section: str, keys: Mapping[str, Any]) -> tuple[Any, list[tup
             continue
         try:
             # strict JSON rules: no text for a number, but 1 for 1.0 and a list for a pair
-            good[key] = _adapter(hints[key]).validate_json(json.dumps(value), strict=True)
-        except (ValidationError, TypeError):
+            good[key] = _adapter(hints[key]).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        except (ValueError, TypeError):  # pydantic's ValidationError, and json's for infinities and dates
             wrong.append((key, _type_problem(value, hints[key].__origin__)))
     made = cls(**good)
     given = {key for key, _ in wrong}
@@ -236,16 +239,31 @@ def write_toml(config: RunConfig) -> str:
     """The whole configuration as TOML that `read_config` reads back to an equal one."""
     lines = []
     for section, keys in config.to_dict().items():
-        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in keys.items()), ""]
+        lines += [
+            f"[{section}]",
+            *(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in keys.items()),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + " }"
+        return (
+            "{ " + ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return json.dumps(value)  # JSON scalars are TOML scalars
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # other JSON scalars are TOML's, but for surrogate pairs and a bare DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def type_name(hint: Any) -> str:

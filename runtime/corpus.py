@@ -28,10 +28,11 @@ Progress = Callable[[int, int, str], None]
 class Corpus:
     """Tokenizer, index and samples of one run."""
 
-    def __init__(self, tokenizer: Tokenizer, index: Index, dataset: Dataset) -> None:
+    def __init__(self, tokenizer: Tokenizer, index: Index, dataset: Dataset, *, is_new: bool) -> None:
         self.tokenizer = tokenizer
         self.index = index
         self.dataset = dataset
+        self.is_new = is_new  # counted now, not by an earlier start of the run
 
 
 def open_corpus(
@@ -47,7 +48,7 @@ def open_corpus(
         index = _count_together(config, tokenizer, mesh, progress)
         if mesh.data_rank == 0:
             write_atomically(path, index.to_json())
-    return Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed))
+    return Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed), is_new=known is None)
 
 
 def _read_known(path: Path, config: DataConfig) -> str | None:

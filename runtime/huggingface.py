@@ -80,8 +80,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             if tuple(stored.get_shape()) != shape:
                 raise WeightsError(
                     f"{files[source]}: {source} has shape {list(stored.get_shape())}, the model needs "
-                    f"{list(shape)}; "
-                    f"leave model.preset and the sizes away to take the shape of config.json"
+                    f"{list(shape)}; leave model.preset and the sizes away to take the shape of config.json"
                 )
             if local.numel():
                 box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))

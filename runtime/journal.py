@@ -102,7 +102,7 @@ def drop_torn_line(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one instant."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -127,6 +127,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         "wall_s": wall,
         "restarts": max(0, len(starts) - 1),
         "lost_steps": len(lines) - len(by_step),
+        "skipped_data": sum(e["count"] for e in events if e.get("class") == "unreadable_data"),
         "goodput": useful / wall if wall else 0.0,
     }
     if validated := [line for line in steps if "val_loss" in line]:

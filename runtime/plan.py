@@ -43,8 +43,7 @@ def make_run_plan(config: RunConfig, *, cpus: int, gpus: int) -> RunPlan:
     if config.run.eval_every and not config.data.val_fraction:
         problems.append(
             f"run.eval_every: is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to "
-            "validate on; "
-            f"set data.val_fraction=0.05, or run.eval_every=0"
+            "validate on; set data.val_fraction=0.05, or run.eval_every=0"
         )
     if config.optim.warmup_steps > config.run.steps:
         problems.append(

@@ -76,16 +76,21 @@ def train_step(
     sum_over(sums, mesh.data)
     waited += time.perf_counter() - started
     grad_norm = sums[1].sqrt()
-    if clip_norm is not None and (scale := clip_norm / (grad_norm.item() + CLIP_EPS)) < 1.0:
-        torch._foreach_mul_(grads, scale)
+    if clip_norm is not None:
+        _clip(grads, clip_norm / (grad_norm + CLIP_EPS))
     optimizer.step(lr)
+    # read by the host only now that all of the step is launched: a GPU is waited for once a step
+    loss_value, norm_value = torch.stack([sums[0], grad_norm]).tolist()
+    tokens, stops = counts.tolist()
     return StepResult(
-        loss_sum=sums[0].item(),
-        tokens=int(counts[0].item()),
-        grad_norm=grad_norm.item(),
-        exposed_comm_s=waited,
-        stop=bool(counts[1].item()),
+        loss_sum=loss_value, tokens=tokens, grad_norm=norm_value, exposed_comm_s=waited, stop=stops > 0
     )
+
+
+def _clip(grads: list[torch.Tensor], scale: torch.Tensor) -> None:
+    """Shrink gradients by `scale` where it is below 1; on the host, where asking is free, only then."""
+    if scale.device.type != "cpu" or scale < 1.0:
+        torch._foreach_mul_(grads, scale.clamp(max=1.0).to(torch.float32))
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -236,7 +236,7 @@ class Trainer:
             )
 
     def _tell_skipped(self, mesh: FoldedMesh, corpus: Corpus) -> None:
-        if mesh.data_rank == 0:
+        if mesh.data_rank == 0 and corpus.is_new:
             for skip in corpus.index.skipped:
                 message = f"{skip.path} {skip.where}: {skip.reason}"
                 self._recorder.event(

@@ -117,8 +117,7 @@ class Checkpointer:
         if damaged:
             raise NoCheckpointLeft(
                 f"none of the checkpoints in {self._shelf.folder} is whole: {'; '.join(damaged)}. Restore "
-                "one from a "
-                f"backup, or choose another run.dir to start anew"
+                "one from a backup, or choose another run.dir to start anew"
             )
         return None
 

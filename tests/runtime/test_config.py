@@ -1,4 +1,4 @@
-"""Configuration: every mistake is found before anything starts, and the message says where, what and what else.
+"""Configuration: every mistake is found before anything starts, and its message says what else.
 
 The remedy is tested, not the wording: a message names its source, the key, and a value or a name that works.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ IMPOSSIBLE = {
     "parallel.recompute=some": ["nearest: ", '"none"'],
     "data.format=csv": ["nearest: ", '"text"'],
     "data.packing=all": ['"documents"', '"none"'],
-    "model.preset=llama3-7b": ["llama3-7b", 'nearest: "llama3-8b"'],
+    "model.preset=llama3-7b": ["llama3-7b", 'nearest: "llama3-', "tiny"],
     # run
     'run.name=""': ["first"],
     "run.name=a/b": ["a/b", "run.dir"],
@@ -81,7 +82,7 @@ IMPOSSIBLE = {
     "run.eval_samples=-1": ["-1", "0 or more"],
     "run.start_timeout_s=0": ["above 0"],
     "run.collective_timeout_s=-1.0": ["above 0"],
-    "run.collective_timeout_s=nan": ["nan"],
+    "run.collective_timeout_s=nan": ["NaN", "float"],
     # model
     "model.dim=0": ["0", "at least 1"],
     "model.layers=0": ["0", "at least 1"],
@@ -114,8 +115,8 @@ IMPOSSIBLE = {
     "batch.micro_size=-1": ["-1", "0 "],
     # optim
     "optim.lr=-1.0": ["-1.0", "3e-4"],
-    "optim.lr=inf": ["inf"],
-    "optim.lr=nan": ["nan"],
+    "optim.lr=inf": ["Infinity", "float"],
+    "optim.lr=nan": ["NaN", "float"],
     "optim.betas=[0.9, 1.0]": ["1.0", "[0.9, 0.95]"],
     "optim.eps=0.0": ["1e-8"],
     "optim.weight_decay=-0.1": ["0.1"],
@@ -278,7 +279,7 @@ def test_defaults_are_possible() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    """`rayfold config` is the manual: a sentence, a type and a default for each key, units where there are any."""
+    """`rayfold config` is the manual: a sentence, a type and a default for each key, and units."""
     keys = documented_keys()
     assert len(keys) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values())
     for key in keys:
@@ -307,7 +308,7 @@ FLOATS = st.floats(min_value=1e-12, max_value=1e12, allow_nan=False)
     preset=st.sampled_from([None, *PRESETS]),
     tied=st.sampled_from([None, True, False]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_written_configuration_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
@@ -336,10 +337,13 @@ def test_a_written_configuration_reads_back_equal(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"width": 3, "names": ["a", "b"], "options": {"deep": {"er": 1.5}}}, {"odd key": 1, "x.y": True}],
+    [
+        {"width": 3, "names": ["a", "b"], "options": {"deep": {"er": 1.5}}},
+        {"odd key": 1, "x.y": True, "most": float("inf"), "since": date(2020, 1, 31)},
+    ],
 )
 def test_a_custom_model_keeps_any_fields(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Fields of a user's factory are the user's: nested tables and odd names pass through a file unchanged."""
+    """Fields of a user's factory are the user's: tables and odd names pass through a file unchanged."""
     config = check_config({"model": {"family": "my_model:build", **fields}})
     assert config.model == CustomModel(family="my_model:build", fields=fields)
     path = tmp_path / "written.toml"
