@@ -8,17 +8,19 @@ wrong, 130 stopped at once by a second Ctrl-C.
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
-from ..runtime.config import ConfigError, documented_keys, read_config, write_toml
+from ..runtime.config import ConfigError, CustomModel, documented_keys, read_settings, write_toml
 from ..runtime.journal import write_atomically
-from ..runtime.plan import RunPlan, make_run_plan
+from ..runtime.plan import RunPlan, plan_settings
 from ..runtime.resume import check_goes_on, newest_step
 from .interrupts import StoppedAtOnce
 
@@ -29,6 +31,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def _rayfold(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(metadata.version("rayfold"))
+        raise typer.Exit
+
+
 data_app = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -76,7 +89,7 @@ def train(
         _say(f"{run_dir} is finished at step {newest_step(run_dir)}; raise run.steps to train further", quiet)
         _end(json.loads((run_dir / "summary.json").read_text()), as_json=as_json, quiet=quiet)
         return
-    _check_source(plan)
+    _check_what_it_names(plan)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.toml", write_toml(plan.config))
     from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
@@ -173,9 +186,9 @@ def _explain(error: BaseException) -> int:
 
 
 def _plan(path: Path, overrides: list[str] | None) -> RunPlan:
-    asked = read_config(path, overrides or [])
-    gpus = 0 if asked.run.device == "cpu" else _local_gpus()
-    return make_run_plan(asked, cpus=os.cpu_count() or 1, gpus=gpus)
+    asked = read_settings(path, overrides or [])
+    gpus = 0 if asked.config.run.device == "cpu" else _local_gpus()
+    return plan_settings(asked, cpus=os.cpu_count() or 1, gpus=gpus)
 
 
 def _local_gpus() -> int:
@@ -185,14 +198,19 @@ def _local_gpus() -> int:
     return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
 
 
-def _check_source(plan: RunPlan) -> None:
-    """Find a missing or empty source in the first second; a cluster's machines may see other files, so there
-    it waits.
+def _check_what_it_names(plan: RunPlan) -> None:
+    """Find a missing source or model in the first seconds; a cluster's machines may see other files, so there
+    it waits for them.
     """
-    if plan.config.run.address == "local":
-        from ..runtime.data.blocks import list_blocks
+    if plan.config.run.address != "local":
+        return
+    from ..runtime.data.blocks import list_blocks
 
-        list_blocks(plan.config.data)
+    list_blocks(plan.config.data)
+    if isinstance(plan.config.model, CustomModel):
+        from ..models.registry import load_factory  # imports torch, as the user's module does
+
+        load_factory(plan.config.model.family, plan.config.model.fields)
 
 
 def _dry_run(plan: RunPlan, *, as_json: bool) -> None:
@@ -217,7 +235,9 @@ def _dry_run(plan: RunPlan, *, as_json: bool) -> None:
 
 
 def _keys_table() -> Table:
-    table = Table(title="Configuration keys (file: [section] key = value; command line: section.key=value)")
+    table = Table(
+        title=Text("Configuration keys (file: [section] key = value; command line: section.key=value)")
+    )
     for column in ("key", "type", "default", "unit", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "key")
     for key in documented_keys():

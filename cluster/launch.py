@@ -13,7 +13,7 @@ from ..runtime.plan import RunPlan
 from .controller import Controller
 from .interrupts import Interrupts, interrupts
 from .progress import Progress
-from .session import ray_session
+from .session import SessionLost, check_embedded, ray_session
 
 LOOK_EVERY_S = 0.25
 ANSWER_S = 60.0  # the controller answers in milliseconds; one silent this long is as good as gone
@@ -41,7 +41,7 @@ def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, A
             controller = actor.remote(config.to_dict(), search_path)
             try:
                 return _watch(controller, progress, asked)
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, GetTimeoutError, SessionLost) as error:
                 return _close_record(plan, error)
 
 
@@ -56,6 +56,7 @@ def _watch(controller: Any, progress: Progress, asked: Interrupts) -> dict[str, 
             controller.stop.remote()
             progress.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
         seen = _show_news(controller, progress, seen, asked)
+        check_embedded()
         if done:
             summary: dict[str, Any] = ray.get(end)
             return summary
@@ -79,10 +80,11 @@ def _close_record(plan: RunPlan, error: Exception) -> dict[str, Any]:
     """Write the end of a run whose controller is gone in its stead, and return the summary."""
     journal = Journal(plan.config.run_dir)
     step = journal.last_step
+    what = f"Ray ({error})" if isinstance(error, SessionLost) else "the controller of the run"
     verdict = Verdict(
         sentence=(
-            f"the controller of the run was lost after step {step}, or Ray under it; the last durable "
-            "checkpoint stands, and the same command goes on from it"
+            f"{what} was lost after step {step}; the last durable checkpoint stands, and the same command "
+            "goes on from it"
         ),
         ranks=[],
         cls="controller",

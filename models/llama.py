@@ -31,18 +31,21 @@ class RMSNorm(nn.Module):
         return wide.type_as(x) * self.weight
 
 
-def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines in fp32: positions [B, S] -> two of [B, S, 1, P / 2] (RoFormer, arXiv 2104.09864)."""
+def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """Each position's turns, cos + i sin: positions [B, S] -> complex64 [B, S, 1, P / 2].
+
+    RoFormer, arXiv 2104.09864. Complex, because mixed precision casts every real tensor that a block is
+    given, and bf16 keeps too few bits of an angle.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * theta**-exponents
-    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+    return torch.complex(angles.cos(), angles.sin()).unsqueeze(2)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + P / 2]) by their angles, computed in fp32: [B, S, H, P] -> the same, x's
-    dtype.
-    """
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (x[i], x[i + P / 2]) by their angles, computed in fp32: [B, S, H, P], x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
+    cos, sin = turns.real.contiguous(), turns.imag.contiguous()  # strided, they would take half as long again
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
@@ -57,12 +60,10 @@ class Attention(nn.Module):
         self.v = nn.Linear(shape.dim, shape.kv_heads * shape.head_dim, bias=False)
         self.o = nn.Linear(shape.heads * shape.head_dim, shape.dim, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: list[tuple[int, int]]
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]; `runs` are the documents (`kernels.attention.document_runs`)."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
-        out = document_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, runs)
+        out = document_attention(rotate(q, turns), rotate(k, turns), v, runs)
         return self.o(out.flatten(2))
 
 
@@ -90,11 +91,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps)
         self.ffn = FeedForward(shape)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: list[tuple[int, int]]
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, runs)
+        x = x + self.attention(self.attention_norm(x), turns, runs)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -114,10 +113,10 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """tokens, positions, document_ids: [B, S] -> logits [B, S, V] in the compute dtype."""
         runs = document_runs(document_ids)
-        cos, sin = rotary_tables(positions, self.shape.head_dim, self.shape.rope_theta)
+        turns = rotary_table(positions, self.shape.head_dim, self.shape.rope_theta)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, cos, sin, runs)
+            x = block(x, turns, runs)
         x = self.norm(x)
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 

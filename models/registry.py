@@ -60,6 +60,8 @@ def load_factory(name: str, fields: Mapping[str, Any]) -> Callable[..., nn.Modul
     try:
         inspect.signature(factory).bind(vocab_size=0, **fields)
     except TypeError as error:
+        if not callable(factory):
+            raise ModelError(f'model.family = "{name}": {attribute} is no function or class') from None
         takes = ", ".join(p for p in inspect.signature(factory).parameters if p != "vocab_size")
         raise ModelError(f'model.family = "{name}": {error}; beside vocab_size it takes: {takes}') from None
     return factory

@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import date, time
 from functools import cache
 from pathlib import Path
@@ -108,11 +108,39 @@ def documented_keys() -> list[Key]:
     return keys
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What was read: a configuration, where each key stands, and every problem found so far.
+
+    A key with a problem has its default in `config`, so that what depends on the others can be checked too.
+    """
+
+    config: RunConfig
+    source: Mapping[str, str]
+    problems: tuple[str, ...]
+
+    def say(self, key: str, message: str) -> str:
+        """A problem of `section.key`, behind the file or command line it comes from."""
+        section = key.partition(".")[0]
+        origin = self.source.get(key, self.source.get(section, "configuration"))
+        return f"{origin}: {key}: {message}"
+
+
 def read_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a TOML file (or none), put `section.key=value` overrides over it, check everything.
 
     Raises `ConfigError` with every problem found.
     """
+    return _whole(read_settings(path, overrides))
+
+
+def check_config(values: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    """Build a `RunConfig` from plain values; raises `ConfigError` with every problem in them."""
+    return _whole(_build(values, source={}, problems=[]))
+
+
+def read_settings(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
+    """As `read_config`, but problems are returned. Raises `ConfigError` when `path` cannot be read at all."""
     values: dict[str, dict[str, Any]] = {}
     source: dict[str, str] = {}
     problems: list[str] = []
@@ -129,33 +157,32 @@ def read_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     for text in overrides:
         if problem := _apply_override(text, values, source):
             problems.append(f"command line: {problem}")
-    return check_config(values, source=source, problems=problems)
+    return _build(values, source=source, problems=problems)
 
 
-def check_config(
-    values: Mapping[str, Mapping[str, Any]],
-    *,
-    source: Mapping[str, str] | None = None,
-    problems: Iterable[str] = (),
-) -> RunConfig:
-    """Build a `RunConfig` from plain values; raises `ConfigError` with every problem in them."""
-    where = source or {}
-    found = list(problems)
+def _whole(settings: Settings) -> RunConfig:
+    if settings.problems:
+        raise ConfigError("\n".join(settings.problems))
+    return settings.config
+
+
+def _build(
+    values: Mapping[str, Mapping[str, Any]], *, source: Mapping[str, str], problems: list[str]
+) -> Settings:
     built: dict[str, Any] = {}
+    wrong: list[tuple[str, str]] = []
+    unknown = []
     for section, keys in values.items():
-        origin = where.get(section, "configuration")
-        if section not in SECTIONS:
+        if section in SECTIONS:
+            built[section], found = _build_section(section, keys)
+            wrong += [(f"{section}.{key}", message) for key, message in found]
+        else:
             near = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.0)[0]
-            found.append(f"{origin}: [{section}]: no such section; nearest: [{near}]")
-            continue
-        made, wrong = _build_section(section, keys)
-        found += [
-            f"{where.get(f'{section}.{key}', origin)}: {section}.{key}: {message}" for key, message in wrong
-        ]
-        built[section] = made
-    if found:
-        raise ConfigError("\n".join(found))
-    return RunConfig(**built)
+            origin = source.get(section, "configuration")
+            unknown.append(f"{origin}: [{section}]: no such section; nearest: [{near}]")
+    settings = Settings(RunConfig(**built), source, ())
+    said = [settings.say(key, message) for key, message in wrong]
+    return replace(settings, problems=(*problems, *unknown, *said))
 
 
 def _build_section(section: str, keys: Mapping[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
@@ -177,8 +204,9 @@ def _build_section(section: str, keys: Mapping[str, Any]) -> tuple[Any, list[tup
             wrong.append((key, _type_problem(value, hints[key].__origin__)))
     made = cls(**good)
     given = {key for key, _ in wrong}
-    wrong += [(key, message) for key, message in made.problems() if key not in given]
-    return made, wrong
+    impossible = [(key, message) for key, message in made.problems() if key not in given]
+    possible = {key: value for key, value in good.items() if key not in dict(impossible)}
+    return cls(**possible), wrong + impossible
 
 
 def _type_problem(value: Any, hint: Any) -> str:

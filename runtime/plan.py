@@ -2,11 +2,12 @@
 checked.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..parallel.layout import Layout, LayoutError, make_layout
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, Settings
 
 MOST_AUTO_CPU_WORKERS = 8  # more ranks on one machine's cores only wait for each other
 
@@ -22,39 +23,55 @@ class RunPlan:
 
 def make_run_plan(config: RunConfig, *, cpus: int, gpus: int) -> RunPlan:
     """Fit `config` to the CPUs and GPUs at hand. Raises `ConfigError` with every problem found."""
+    plan, problems = _fit(config, cpus=cpus, gpus=gpus)
+    if plan is None or problems:
+        raise ConfigError("\n".join(f"{key}: {message}" for key, message in problems))
+    return plan
+
+
+def plan_settings(settings: Settings, *, cpus: int, gpus: int) -> RunPlan:
+    """As `make_run_plan`, together with every problem that reading the settings found."""
+    plan, problems = _fit(settings.config, cpus=cpus, gpus=gpus)
+    said = [settings.say(key, message) for key, message in problems]
+    if plan is None or said or settings.problems:
+        raise ConfigError("\n".join([*settings.problems, *said]))
+    return plan
+
+
+def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, list[tuple[str, str]]]:
     device: Literal["cpu", "cuda"] = "cuda" if config.run.device == "auto" and gpus else "cpu"
     if config.run.device != "auto":
         device = config.run.device
+    world_size = config.run.workers
+    if world_size == "auto":
+        world_size = _auto_workers(config, device, cpus, gpus)
+    problems = list(_disagreements(config))
     if device == "cuda" and not gpus:
-        raise ConfigError('run.device: is "cuda", but no GPU is there; set run.device="cpu" or "auto"')
-    world_size = (
-        config.run.workers
-        if isinstance(config.run.workers, int)
-        else _auto_workers(config, device, cpus, gpus)
-    )
-    problems = []
-    layout = None
+        problems.append(("run.device", 'is "cuda", but no GPU is there; set run.device="cpu" or "auto"'))
     try:
         layout = make_layout(config.parallel, world_size=world_size)
     except LayoutError as error:
-        problems.append(str(error))
-    if layout is not None:
-        problems += [f"batch.{key}: {message}" for key, message in config.batch.problems_with(layout.dp_size)]
+        return None, [*problems, ("parallel.dp_shard", str(error))]
+    shares = config.batch.problems_with(layout.dp_size)
+    problems += [(f"batch.{key}", message) for key, message in shares]
+    run = replace(config.run, workers=world_size, device=device)
+    return RunPlan(config=replace(config, run=run), layout=layout, device=device), problems
+
+
+def _disagreements(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys of different sections that do not fit together."""
     if config.run.eval_every and not config.data.val_fraction:
-        problems.append(
-            f"run.eval_every: is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to "
-            "validate on; set data.val_fraction=0.05, or run.eval_every=0"
+        yield (
+            "run.eval_every",
+            f"is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to validate on; set "
+            "data.val_fraction=0.05, or run.eval_every=0",
         )
     if config.optim.warmup_steps > config.run.steps:
-        problems.append(
-            f"optim.warmup_steps: is {config.optim.warmup_steps}, longer than run.steps = "
-            f"{config.run.steps}; "
-            f"use {config.run.steps // 10}"
+        yield (
+            "optim.warmup_steps",
+            f"is {config.optim.warmup_steps}, longer than run.steps = {config.run.steps}; use "
+            f"{config.run.steps // 10}",
         )
-    if problems or layout is None:
-        raise ConfigError("\n".join(problems))
-    run = replace(config.run, workers=world_size, device=device)
-    return RunPlan(config=replace(config, run=run), layout=layout, device=device)
 
 
 def _auto_workers(config: RunConfig, device: str, cpus: int, gpus: int) -> int:

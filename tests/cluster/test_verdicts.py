@@ -1,4 +1,4 @@
-"""What the user is told when a run fails: one sentence with rank, step, cause and place, and never Ray's own words."""
+"""What the user is told when a run fails: one sentence with rank, step, cause and place, not Ray's own words."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def test_a_dead_worker_is_named_with_its_signal(
 @pytest.mark.ray
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
 def test_a_silent_rank_is_named_and_the_run_ends(bench: Bench, paced: Path, run_dir: Path, how: str) -> None:
-    """A rank that hangs fails nowhere; its peers' timeout names it, and it is ended although it does not answer."""
+    """A rank that hangs fails nowhere; its peers' timeout names it, and it is ended although it is deaf."""
     trouble = ("model.trouble=sleep", "model.rank=1", "model.step=4") if how == "asleep" else ()
     options = ("model.pause_s=0.1", "run.steps=1000", "run.collective_timeout_s=5", "checkpoint.every=0")
     command = bench.start("train", paced, *options, *trouble)

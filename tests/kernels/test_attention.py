@@ -3,6 +3,8 @@
 fp32 sums of at most 65 terms in two different orders: 1e-5 relative to the tensor is a hundred roundings.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +72,7 @@ def test_runs_cover_every_position_once_and_in_order(lengths: list[list[int]]) -
     ids = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in padded])
     runs = document_runs(ids)
     assert [length for count, length in runs for _ in range(count)] == [n for row in padded for n in row]
-    assert all(before[1] != after[1] for before, after in zip(runs, runs[1:], strict=False))
+    assert all(before[1] != after[1] for before, after in pairwise(runs))
 
 
 def test_bf16_stays_within_its_bits() -> None:

@@ -1,7 +1,7 @@
 """Llama against the published one: transformers' logits, parameter counts, and what documents may see.
 
-Logits are compared with transformers 5 in fp32, norm-wise: two implementations add up in different orders, and
-1e-5 relative covers it as in every parity test.
+Logits are compared with transformers 5 in fp32, norm-wise: two implementations add up in different orders,
+and 1e-5 relative covers it as in every parity test.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from training import train_on_ranks, write_corpus
 
 from rayfold.models import llama as llama_module
-from rayfold.models.llama import Llama, rotary_tables, rotate
+from rayfold.models.llama import Llama, rotary_table, rotate
 from rayfold.models.llama_config import PRESETS, LlamaConfig, LlamaShape, shape_from_hf, shape_to_hf
 from rayfold.models.registry import ModelError, build_model, llama_shape, load_factory
 from rayfold.parallel.initial import Constant, fill
@@ -73,7 +73,7 @@ def loaded_alone(folder: Path, shape: LlamaShape) -> Llama:
 
 
 def test_logits_equal_transformers(exported: tuple[Path, LlamaShape]) -> None:
-    """Who exports a model must get the same model elsewhere: norms, rotary pairs, shared heads, tied output."""
+    """An exported model must be the same elsewhere: norms, rotary pairs, shared heads, tied output."""
     from transformers import LlamaForCausalLM
 
     folder, shape = exported
@@ -132,8 +132,8 @@ def test_an_export_never_overwrites(exported: tuple[Path, LlamaShape], tmp_path:
     (tmp_path / "notes.txt").write_text("mine")
     folder, shape = exported
     checkpoint = folder.parent / "checkpoints" / "step-00000003"
+    index = read_index(checkpoint)
     with pytest.raises(WeightsError, match=str(tmp_path)):
-        index = read_index(checkpoint)
         export_weights(checkpoint, index, shape, tmp_path, seq_len=24, end_id=0, tokenizer=None)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -205,7 +205,7 @@ def test_the_parameter_count_follows_from_the_shape() -> None:
 
 
 def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of one document's logits by another's embeddings is exactly zero, also by its own future."""
+    """The gradient of one document's logits by another's embeddings is exactly zero."""
     model = started(SHAPE)
     tokens = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
@@ -228,10 +228,10 @@ def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rotary_angles_are_fp32_under_bf16() -> None:
     """bf16 cannot tell position 1000 from 1001; the angles must not go through it."""
     positions = torch.tensor([[1000, 1001]])
-    cos, sin = rotary_tables(positions, 8, 10_000.0)
-    assert cos.dtype == sin.dtype == torch.float32
+    turns = rotary_table(positions, 8, 10_000.0)
+    assert turns.dtype == torch.complex64
     x = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    got = rotate(x, cos, sin)
+    got = rotate(x, turns)
     angles = positions[0, :, None].double() * 10_000.0 ** -(torch.arange(0, 8, 2).double() / 8)
     pairs = torch.complex(x[0, :, 0, :4].double(), x[0, :, 0, 4:].double())
     turned = torch.polar(torch.ones_like(angles), angles) * pairs
@@ -246,9 +246,9 @@ def test_the_model_in_bf16_uses_fp32_tables(monkeypatch: pytest.MonkeyPatch) -> 
     seen: list[torch.dtype] = []
     real = llama_module.rotate
 
-    def watched(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        seen.extend((x.dtype, cos.dtype, sin.dtype))
-        return real(x, cos, sin)
+    def watched(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        seen.extend((x.dtype, turns.dtype))
+        return real(x, turns)
 
     monkeypatch.setattr(llama_module, "rotate", watched)
 
@@ -258,9 +258,9 @@ def test_the_model_in_bf16_uses_fp32_tables(monkeypatch: pytest.MonkeyPatch) -> 
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         assert dist.get_world_size() == 1
         model(tokens, **plain_inputs(tokens))
-        return [str(dtype) for dtype in seen[:3]]
+        return [str(dtype) for dtype in seen[:2]]
 
-    assert run_ranks(1, on_rank) == [["torch.bfloat16", "torch.float32", "torch.float32"]]
+    assert run_ranks(1, on_rank) == [["torch.bfloat16", "torch.complex64"]]
 
 
 def test_every_parameter_has_a_start() -> None:
