@@ -19,9 +19,10 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from ..runtime.config import ConfigError, CustomModel, documented_keys, read_settings, write_toml
-from ..runtime.journal import write_atomically
+from ..runtime.journal import SUMMARY, Journal, write_atomically
 from ..runtime.plan import RunPlan, plan_settings
 from ..runtime.resume import check_goes_on, newest_step
+from .home import Home
 from .interrupts import StoppedAtOnce
 
 app = typer.Typer(
@@ -77,8 +78,8 @@ def train(
 ) -> None:
     """Start a run, or go on where its folder stands: the same command does both."""
     plan = _plan(config, overrides)
-    search_path = [str(config.resolve().parent), os.getcwd()]
-    sys.path[:0] = [folder for folder in search_path if folder not in sys.path]
+    home = Home.of_command(config)
+    home.enter()
     if dry_run:
         _dry_run(plan, as_json=as_json)
         return
@@ -87,14 +88,14 @@ def train(
     check_goes_on(run_dir, plan.config)
     if newest_step(run_dir) >= run.steps:
         _say(f"{run_dir} is finished at step {newest_step(run_dir)}; raise run.steps to train further", quiet)
-        _end(json.loads((run_dir / "summary.json").read_text()), as_json=as_json, quiet=quiet)
+        _end(_finished_summary(plan), as_json=as_json, quiet=quiet)
         return
     _check_what_it_names(plan)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.toml", write_toml(plan.config))
     from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
 
-    _end(launch(plan, search_path=search_path, quiet=quiet), as_json=as_json, quiet=quiet)
+    _end(launch(plan, home=home, quiet=quiet), as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -183,6 +184,20 @@ def _explain(error: BaseException) -> int:
         errors.print(f"rayfold: {error}", markup=False)
         return 1
     raise error
+
+
+def _finished_summary(plan: RunPlan) -> dict[str, Any]:
+    """The summary of a run that has all its steps; made now if a kill came between them and it."""
+    run_dir, layout = plan.config.run_dir, plan.layout
+    path = run_dir / SUMMARY
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("status") == "finished":
+        return found
+    journal = Journal(run_dir)
+    journal.event("run_finished", newest_step(run_dir), status="finished")
+    made = journal.summary("finished", world_size=layout.world_size, layout=str(layout))
+    journal.close()
+    return made
 
 
 def _plan(path: Path, overrides: list[str] | None) -> RunPlan:

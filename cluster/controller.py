@@ -21,8 +21,10 @@ from ..faulttol.verdict import Failure, Verdict, decide
 from ..runtime.config import check_config
 from ..runtime.journal import Journal
 from ..runtime.plan import RunPlan, make_run_plan
+from .deaths import Deaths
 from .fleet import Fleet, FleetError, StartGivenUp, form, start_fleet
 from .gauges import Gauges
+from .home import Home
 
 OTHERS_SPEAK_S = 3.0  # after a first failure: how long the other ranks may take to tell theirs
 LOOK_EVERY_S = 1.0  # between looks at what the workers are doing
@@ -57,16 +59,18 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 class Controller:
     """Runs one plan. `run` lasts as long as the run; `record`, `view` and `stop` are answered beside it."""
 
-    def __init__(self, plan: dict[str, Any], search_path: list[str]) -> None:
+    def __init__(self, plan: dict[str, Any], home: Home) -> None:
+        home.enter()
         config = check_config(plan)
         self._plan: RunPlan = make_run_plan(config, cpus=1, gpus=int(config.run.device == "cuda"))
-        self._search_path = search_path
+        self._home = home
         self._state = State.CREATED
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._journal = Journal(Path(config.run_dir))
         self._gauges = Gauges(config.run.name)
         self._news: list[dict[str, Any]] = []
+        self._deaths: Deaths | None = None
         self._phase = ""
         self._step = 0
 
@@ -76,8 +80,9 @@ class Controller:
         fleet = None
         try:
             self._go(State.STARTING)
-            fleet = start_fleet(self._plan, self._search_path, self._stop.is_set)
+            fleet = start_fleet(self._plan, self._home, self._stop.is_set)
             self._go(State.FORMING)
+            self._deaths = Deaths(fleet.places, ray.get_runtime_context().get_node_id())
             form(fleet, self._plan, self._stop.is_set)
             self._event("formed", **self._formed(fleet))
             return self._finish(*self._train(fleet))
@@ -89,6 +94,8 @@ class Controller:
         finally:
             if fleet is not None:
                 fleet.end()
+            if self._deaths is not None:
+                self._deaths.close()
             self._journal.close()
 
     @ray.method(concurrency_group="record")
@@ -144,8 +151,14 @@ class Controller:
         try:
             result = ray.get(ref)
         except RayActorError as error:
+            how = self._deaths.how(rank) if self._deaths else None
             return Failure(
-                rank=rank, step=self._step + 1, kind="died", message=_death(error), time_unix=time.time()
+                rank=rank,
+                step=self._step + 1,
+                kind="died",
+                message=how or _death(error),
+                time_unix=time.time(),
+                traceback=str(error),
             )
         except RayTaskError as error:
             cause = error.cause
@@ -219,11 +232,10 @@ class Controller:
 
 
 def _death(error: RayActorError) -> str:
-    """Why an actor's process ended, from Ray's many lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if any(word in line.lower() for word in ("signal", "exit", "oom", "memory", "node"))
-    ]
-    return (telling or lines or ["its process ended"])[-1]
+    """Why an actor's process ended, as far as Ray can tell."""
+    text = str(error).lower()
+    if "memory pressure" in text or "out_of_memory" in text:
+        return "its process was killed by Ray, because its machine ran out of memory"
+    if "node" in text and ("node has died" in text or "node died" in text or "node is dead" in text):
+        return "its machine was lost"
+    return "its process ended without a Python error: killed from outside, or crashed in native code"

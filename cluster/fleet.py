@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..runtime.plan import RunPlan
+from .home import Home
 from .worker import Place, Worker
 
 CONTROL_THREADS = 2  # one call may wait (joining the others) while another is answered
@@ -51,7 +52,7 @@ class Fleet:
         remove_placement_group(self.group)
 
 
-def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bool]) -> Fleet:
+def start_fleet(plan: RunPlan, home: Home, given_up: Callable[[], bool]) -> Fleet:
     """Place and start one worker a rank.
 
     Raises FleetError when that takes longer than `run.start_timeout_s`, StartGivenUp when `given_up()` comes
@@ -85,7 +86,7 @@ def start_fleet(plan: RunPlan, search_path: list[str], given_up: Callable[[], bo
     workers = [
         actor.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
-        ).remote(search_path)
+        ).remote(home)
         for i in range(world_size)
     ]
     try:

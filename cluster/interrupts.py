@@ -18,8 +18,8 @@ class StoppedAtOnce(BaseException):
 class Interrupts:
     """How often the user asked to stop.
 
-    A second time is raised in the middle of whatever runs, until someone polls: Ray's calls answer an exception from a
-    signal handler with a SystemError of their own.
+    A second time is raised in the middle of whatever runs, until someone polls: Ray's calls answer an
+    exception from a signal handler with a SystemError of their own.
     """
 
     def __init__(self) -> None:

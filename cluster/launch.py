@@ -11,6 +11,7 @@ from ..faulttol.verdict import Verdict
 from ..runtime.journal import Journal
 from ..runtime.plan import RunPlan
 from .controller import Controller
+from .home import Home
 from .interrupts import Interrupts, interrupts
 from .progress import Progress
 from .session import SessionLost, check_embedded, ray_session
@@ -19,7 +20,7 @@ LOOK_EVERY_S = 0.25
 ANSWER_S = 60.0  # the controller answers in milliseconds; one silent this long is as good as gone
 
 
-def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, Any]:
+def launch(plan: RunPlan, *, home: Home, quiet: bool) -> dict[str, Any]:
     """Run `plan` to its end and return its summary.
 
     Raises SessionError when there is no Ray, StoppedAtOnce on a second Ctrl-C.
@@ -30,19 +31,19 @@ def launch(plan: RunPlan, *, search_path: list[str], quiet: bool) -> dict[str, A
         progress.phase("starting Ray")
         cpus = max(world_size, os.cpu_count() or 1)
         gpus = world_size if plan.device == "cuda" else 0
-        with ray_session(config.run.address, cpus=cpus, gpus=gpus, namespace="rayfold"):
-            asked.listen()  # ray.init has taken SIGTERM for itself
-            options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
-                "num_cpus": 0,
-                "max_restarts": 0,
-                "concurrency_groups": {"control": 2, "record": 1},
-            }
-            actor = ray.remote(**options)(Controller)
-            controller = actor.remote(config.to_dict(), search_path)
-            try:
+        try:
+            with ray_session(config.run.address, cpus=cpus, gpus=gpus, namespace="rayfold"):
+                asked.listen()  # ray.init has taken SIGTERM for itself
+                options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
+                    "num_cpus": 0,
+                    "max_restarts": 0,
+                    "concurrency_groups": {"control": 2, "record": 1},
+                }
+                actor = ray.remote(**options)(Controller)
+                controller = actor.remote(config.to_dict(), home)
                 return _watch(controller, progress, asked)
-            except (RayActorError, GetTimeoutError, SessionLost) as error:
-                return _close_record(plan, error)
+        except (RayActorError, GetTimeoutError, SessionLost) as error:
+            return _close_record(plan, error)  # after the session: nobody else writes any more
 
 
 def _watch(controller: Any, progress: Progress, asked: Interrupts) -> dict[str, Any]:

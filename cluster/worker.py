@@ -19,6 +19,7 @@ import ray
 from ..faulttol.verdict import failure_of
 from ..runtime.config import check_config
 from ..runtime.plan import make_run_plan
+from .home import Home
 from .outbox import Outbox
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Place:
 class Worker:
     """One rank of a run. `train` occupies the actor; the methods of the group "control" answer meanwhile."""
 
-    def __init__(self, search_path: list[str]) -> None:
-        sys.path[:0] = [folder for folder in search_path if folder not in sys.path]
+    def __init__(self, home: Home) -> None:
+        home.enter()
         import torch  # noqa: F401 (seconds of imports, done while the controller waits for other workers)
 
         from ..runtime import trainer  # noqa: F401

@@ -78,18 +78,16 @@ def estimate_memory(plan: RunPlan) -> RankMemory:
 
 
 def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> int:
-    """Bytes that the backward pass of `batch` needs, beyond parameters and the batch; tensors that share
-    memory once.
-    """
+    """Bytes that the backward pass of `batch` needs, beyond parameters; shared memory counts once."""
     known = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[Any, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if (memory := _memory_of(tensor)) not in known:
-            kept[memory] = tensor.untyped_storage().nbytes()
+            kept[memory] = tensor.untyped_storage()
         return tensor
 
-    blocks = blocks_of(model)
+    blocks = [] if recompute == "none" else blocks_of(model)
     handles = [
         block.register_forward_pre_hook(lambda _, inputs: _keep_inputs(keep, inputs)) for block in blocks
     ]
@@ -99,7 +97,7 @@ def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> i
     for handle in handles:
         handle.remove()
     del loss
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 class _KeptResults(TorchDispatchMode):

@@ -66,12 +66,6 @@ def _disagreements(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"is {config.run.eval_every}, but data.val_fraction = 0 holds out nothing to validate on; set "
             "data.val_fraction=0.05, or run.eval_every=0",
         )
-    if config.optim.warmup_steps > config.run.steps:
-        yield (
-            "optim.warmup_steps",
-            f"is {config.optim.warmup_steps}, longer than run.steps = {config.run.steps}; use "
-            f"{config.run.steps // 10}",
-        )
 
 
 def _auto_workers(config: RunConfig, device: str, cpus: int, gpus: int) -> int:

@@ -71,6 +71,12 @@ def test_a_run_keeps_its_contract_and_the_same_command_goes_on(
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["restarts"], summary["lost_steps"]) == (12, 1, 0)
 
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"status": "failed", "verdict": "old"}))
+    again = bench.run("train", small, "run.steps=12", "--json", timeout_s=30)
+    assert (again.status, again.result["status"]) == (0, "finished"), (
+        "a kill before the summary made it stale"
+    )
+
     report = bench.run("report", run_dir, timeout_s=60)
     assert report.status == 0, report.err
     assert "<svg" in (run_dir / "report.html").read_text()

@@ -385,7 +385,6 @@ def plan_problems(*overrides: str, cpus: int = 8, gpus: int = 0) -> list[str]:
         (["run.workers=3", "batch.size=32"], ["batch.size", "32", "use 33"]),
         (["run.workers=2", "batch.size=12", "batch.micro_size=4"], ["batch.micro_size", "4", "use 3"]),
         (["run.workers=1", "run.eval_every=5"], ["run.eval_every", "data.val_fraction=0.05"]),
-        (["run.workers=1", "run.steps=10", "optim.warmup_steps=11"], ["optim.warmup_steps", "use 1"]),
         (["run.device=cuda"], ["run.device", "cpu"]),
     ],
 )

@@ -1,0 +1,67 @@
+"""How a worker died: the kernel tells a signal from an exit, Ray only that the connection closed.
+
+Since Linux 6.15 a handle on a process answers with its exit status, to others than the parent too (PIDFD_GET_INFO). Only
+processes of the controller's own machine can be asked; for others, and on older kernels, nothing is known.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import struct
+import time
+from collections.abc import Sequence
+
+from .fleet import Place
+
+_GET_INFO = (3 << 30) | (64 << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+_EXIT = 1 << 3  # PIDFD_INFO_EXIT in the mask
+_LAYOUT = struct.Struct("=QQ11Ii")  # mask, cgroup, eleven ids, exit status as wait() has it
+_REAPED_WITHIN_S = 1.0  # the raylet reaps at once; its machine may be busy
+
+
+class Deaths:
+    """Handles on the workers of this machine, opened while they live."""
+
+    def __init__(self, places: Sequence[Place], node: str) -> None:
+        self._handles: dict[int, int] = {}
+        if hasattr(os, "pidfd_open"):
+            for rank, place in enumerate(places):
+                if place.node == node:
+                    with contextlib.suppress(OSError):  # gone already, or a kernel without handles
+                        self._handles[rank] = os.pidfd_open(place.pid)
+
+    def how(self, rank: int) -> str | None:
+        """How the process of `rank` died, in a few words; None where nobody knows."""
+        handle = self._handles.get(rank)
+        deadline = time.monotonic() + _REAPED_WITHIN_S
+        while handle is not None and time.monotonic() < deadline:
+            raw = bytearray(_LAYOUT.pack(_EXIT, *[0] * 13))
+            try:
+                fcntl.ioctl(handle, _GET_INFO, raw)
+            except OSError:
+                return None
+            mask, *_, status = _LAYOUT.unpack(raw)
+            if mask & _EXIT:
+                return describe(status)
+            time.sleep(0.02)
+        return None
+
+    def close(self) -> None:
+        """Let go of the handles."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+
+def describe(status: int) -> str:
+    """A status of wait() in words."""
+    if not os.WIFSIGNALED(status):
+        return f"its process exited with status {os.waitstatus_to_exitcode(status)}"
+    number = os.WTERMSIG(status)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hint = ", as the kernel sends when memory runs out" if number == signal.SIGKILL else ""
+    return f"its process was killed by {name}{hint}"

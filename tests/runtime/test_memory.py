@@ -1,0 +1,98 @@
+"""The memory estimate against the real thing: bytes that autograd holds, and tensors that the state has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from training import small_config, write_corpus
+
+from rayfold.models.registry import build_model
+from rayfold.parallel.mesh import make_mesh
+from rayfold.parallel.parallelize import parallelize
+from rayfold.parallel.recompute import apply_recompute
+from rayfold.parallel.shard import blocks_of
+from rayfold.runtime.data.loader import Batch
+from rayfold.runtime.memory import estimate_memory, saved_bytes
+from rayfold.runtime.optim.adamw import ShardedAdamW, local_of
+from rayfold.runtime.plan import RunPlan, make_run_plan
+
+ROWS, SEQ_LEN = 3, 40
+
+
+def make_plan(source: Path, *overrides: str) -> RunPlan:
+    given = (f"data.seq_len={SEQ_LEN}", f"batch.micro_size={ROWS}", "batch.size=12", *overrides)
+    return make_run_plan(small_config(source / "run", source, *given), cpus=4, gpus=0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_what_a_real_forward_keeps(source: Path, recompute: str, compute: str) -> None:
+    """The pretended step must see what the real one holds, or `--dry-run` promises too much."""
+    plan = make_plan(
+        source, "run.workers=1", f"parallel.recompute={recompute}", f"precision.compute={compute}"
+    )
+    model = build_model("llama", plan.config.model, vocab_size=257)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if compute == "bf16":
+        model.to(torch.bfloat16)
+    apply_recompute(blocks_of(model), recompute)  # type: ignore[arg-type]
+    tokens = torch.randint(0, 257, (ROWS, SEQ_LEN))
+    batch = Batch(
+        tokens=tokens,
+        labels=tokens.clone(),
+        positions=torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN),
+        document_ids=torch.zeros(ROWS, SEQ_LEN, dtype=torch.int32),
+        sample_ids=(0, 1, 2),
+    )
+    assert estimate_memory(plan).activations == saved_bytes(model, batch, recompute=recompute)
+
+
+def test_recompute_orders_the_estimates(source: Path) -> None:
+    """Each mode keeps less than the one before; bf16 keeps less than fp32."""
+    sizes = [
+        estimate_memory(make_plan(source, "run.workers=1", f"parallel.recompute={mode}")).activations
+        for mode in ("none", "selective", "full")
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
+    bf16 = estimate_memory(make_plan(source, "run.workers=1", "precision.compute=bf16")).activations
+    assert bf16 < sizes[0]
+
+
+@pytest.mark.parametrize(("replicate", "shard"), [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)])
+def test_the_state_of_a_rank_is_what_is_said(source: Path, replicate: int, shard: int) -> None:
+    """Parameters and moments of a rank, to within a row of each tensor that does not divide evenly."""
+    axes = (f"parallel.dp_replicate={replicate}", f"parallel.dp_shard={shard}", "model.ffn_dim=48")
+    plan = make_plan(source, f"run.workers={replicate * shard}", *axes)
+
+    def on_rank() -> tuple[int, int, int]:
+        mesh = make_mesh(plan.layout, torch.device("cpu"))
+        model: Any = parallelize(
+            lambda: build_model("llama", plan.config.model, vocab_size=256),  # type: ignore[arg-type]
+            mesh,
+            seed=0,
+        )
+        optimizer = ShardedAdamW(model, plan.config.optim)
+        parameters = sum(local_of(p).numel() * 4 for p in model.parameters())
+        moments = sum(local_of(t).numel() * 4 for t in optimizer.tensors().values())
+        row = max(p.numel() // p.shape[0] * 4 for p in model.parameters())
+        return parameters, moments, row * len(list(model.parameters()))
+
+    estimate = estimate_memory(plan)
+    for parameters, moments, slack in run_ranks(replicate * shard, on_rank):
+        # the model of the estimate has the tokenizer's 257 rows, one more than divides
+        assert 0 <= estimate.parameters - parameters <= slack
+        assert moments == 2 * parameters
+        assert estimate.gradients == estimate.parameters
+        assert estimate.optimizer == 2 * estimate.parameters
+    assert estimate.total == sum(
+        getattr(estimate, part)
+        for part in ("parameters", "gradients", "optimizer", "gathered", "activations")
+    )
