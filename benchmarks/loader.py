@@ -1,4 +1,4 @@
-"""Tokens/s that one reader thread delivers, against what a training step of the tiny model consumes in the same run.
+"""Tokens/s that one reader thread delivers, against what a training step consumes in the same run.
 
     python benchmarks/loader.py [--seconds 3] [--repeats 5]
 

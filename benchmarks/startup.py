@@ -54,7 +54,10 @@ def one_start() -> dict[str, float]:
         ]
         execute([*command, "run.steps=2", "run.workers=2", "model.preset=tiny", "--quiet"])
         end = time.time()
-        events = {e["kind"]: e["time_unix"] for e in map(json.loads, open(folder / "run" / "events.jsonl"))}
+        events = {
+            e["kind"]: e["time_unix"]
+            for e in map(json.loads, (folder / "run" / "events.jsonl").read_text().splitlines())
+        }
         first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])["time_unix"]
         return {
             "import_alone_s": import_s,

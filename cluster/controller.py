@@ -70,6 +70,7 @@ class Controller:
         self._journal = Journal(Path(config.run_dir))
         self._gauges = Gauges(config.run.name)
         self._news: list[dict[str, Any]] = []
+        self._forgotten = 0  # news before those in the list
         self._deaths: Deaths | None = None
         self._phase = ""
         self._step = 0
@@ -112,9 +113,11 @@ class Controller:
 
     @ray.method(concurrency_group="control")
     def view(self, since: int) -> dict[str, Any]:
-        """State, phase and the news after number `since`, for whoever watches."""
+        """State, phase and the news after number `since`; the one who watches has seen those before it."""
         with self._lock:
-            return {"state": self._state.value, "phase": self._phase, "news": self._news[since:]}
+            del self._news[: since - self._forgotten]  # a long run must not fill the memory
+            self._forgotten = since
+            return {"state": self._state.value, "phase": self._phase, "news": list(self._news)}
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """How a worker died: the kernel tells a signal from an exit, Ray only that the connection closed.
 
-Since Linux 6.15 a handle on a process answers with its exit status, to others than the parent too (PIDFD_GET_INFO). Only
-processes of the controller's own machine can be asked; for others, and on older kernels, nothing is known.
+Since Linux 6.15 a handle on a process tells its exit status to others than its parent (PIDFD_GET_INFO).
+Only processes of this machine can be asked; of others, and on older kernels, nothing is known.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ..faulttol.verdict import Verdict
 from ..runtime.journal import Journal
@@ -59,8 +59,18 @@ def _watch(controller: Any, progress: Progress, asked: Interrupts) -> dict[str, 
         seen = _show_news(controller, progress, seen, asked)
         check_embedded()
         if done:
-            summary: dict[str, Any] = ray.get(end)
-            return summary
+            return _summary(end)
+
+
+def _summary(end: Any) -> dict[str, Any]:
+    """What the controller returned; raises an OSError of its own (a full disk) as such."""
+    try:
+        summary: dict[str, Any] = ray.get(end)
+    except RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise error.cause from error
+        raise
+    return summary
 
 
 def _show_news(controller: Any, progress: Progress, seen: int, asked: Interrupts) -> int:

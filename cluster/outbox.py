@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ..runtime.journal import EventKind
 
@@ -23,6 +24,7 @@ class Outbox:
         self._rank = rank
         self._lines: list[tuple[str, dict[str, Any]]] = []
         self._told = self._pushed = 0
+        self._error: OSError | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._push_all, name="outbox", daemon=True)
@@ -44,10 +46,13 @@ class Outbox:
         with self._changed:
             goal = self._told
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: self._pushed >= goal, FLUSH_TIMEOUT_S):
-                raise TimeoutError(
+            self._changed.wait_for(lambda: self._pushed >= goal or self._error is not None, FLUSH_TIMEOUT_S)
+            if self._error is None and self._pushed < goal:
+                self._error = TimeoutError(
                     f"the controller wrote nothing down for {FLUSH_TIMEOUT_S:.0f} s; is its process gone?"
                 )
+            if self._error is not None:
+                raise self._error
 
     def close(self) -> None:
         """Push what is left and end the thread."""
@@ -56,8 +61,22 @@ class Outbox:
             self._changed.notify_all()
         self._thread.join(FLUSH_TIMEOUT_S)
 
+    def _push(self, lines: list[tuple[str, dict[str, Any]]]) -> OSError | None:
+        try:
+            ray.get(self._controller.record.remote(lines), timeout=FLUSH_TIMEOUT_S)
+        except RayTaskError as error:
+            return OSError(f"the record of the run cannot be written: {error.cause}")
+        except (RayActorError, GetTimeoutError) as error:
+            return OSError(f"the controller does not take in the record: {type(error).__name__}")
+        with self._changed:
+            self._pushed += len(lines)
+            self._changed.notify_all()
+        return None
+
     def _tell(self, what: str, values: dict[str, Any]) -> None:
         with self._changed:
+            if self._error is not None:
+                raise self._error  # training that nobody records is worth nothing
             self._lines.append((what, values))
             self._told += 1
 
@@ -67,10 +86,10 @@ class Outbox:
                 self._changed.wait(PUSH_EVERY_S)
                 lines, self._lines = self._lines, []
                 closed = self._closed
-            if lines:
-                ray.get(self._controller.record.remote(lines), timeout=FLUSH_TIMEOUT_S)
+            if lines and (error := self._push(lines)) is not None:
                 with self._changed:
-                    self._pushed += len(lines)
+                    self._error = error
                     self._changed.notify_all()
+                return
             if closed and not self._lines:
                 return

@@ -5,6 +5,7 @@ failure that is no consequence of a lost peer comes before one that is, and amon
 first.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -13,14 +14,11 @@ from types import TracebackType
 from typing import Any
 
 FRAMES_SHOWN = 3
-_PEER_LOST = (
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "connection refused",
-    "socket closed",
-    "peer",
-    "timed out",
+_PEER_KINDS = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "NonFinitePeer"})
+# how gloo and NCCL report a peer that left or does not come; a user's own "timed out" is none of them
+_PEER_LOST = re.compile(
+    r"gloo|nccl|process ?group|connection (closed|reset) by peer|timed out waiting \d+ ?ms|socket closed",
+    re.IGNORECASE,
 )
 _LIBRARIES = (
     "site-packages",
@@ -45,10 +43,10 @@ class Failure:
 
     @property
     def lost_peer(self) -> bool:
-        """Whether this looks like the consequence of another rank's end."""
-        text = self.message.lower()
-        is_comm = self.kind in ("DistBackendError", "DistNetworkError", "DistStoreError")
-        return is_comm or (self.kind == "RuntimeError" and any(sign in text for sign in _PEER_LOST))
+        """Whether this looks like the consequence of what happened on another rank."""
+        if self.kind in _PEER_KINDS:
+            return True
+        return self.kind == "RuntimeError" and _PEER_LOST.search(self.message) is not None
 
 
 @dataclass(frozen=True)

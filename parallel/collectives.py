@@ -1,4 +1,4 @@
-"""The collectives of a run by name. Values cross ranks as tensors or JSON text, never as pickled objects."""
+"""The collectives of a run by name. Values that it exchanges are tensors or JSON text, nothing pickled."""
 
 import json
 from typing import Any

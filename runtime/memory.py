@@ -35,9 +35,9 @@ class RankMemory:
     gradients: int
     optimizer: int
     gathered: int  # the whole block (or the rest of the model) that is being computed, in the compute dtype
-    activations: (
-        int  # what the forward pass of a micro-batch keeps for the backward pass, logits and loss included
-    )
+    activations: int  # kept by the forward pass of a micro-batch for the backward pass, logits included
+    backward: int  # gradient of the largest of them (mostly the logits), alive beside them
+    checkpoint_copy: int  # host copies from which a checkpoint is written; other memory than a GPU's
 
     @property
     def total(self) -> int:
@@ -61,24 +61,35 @@ def estimate_memory(plan: RunPlan) -> RankMemory:
             _cast(model, torch.bfloat16)
         blocks = blocks_of(model)
         apply_recompute(blocks, config.parallel.recompute)
-        activations = saved_bytes(model, batch, recompute=config.parallel.recompute)
+        kept = saved_bytes(model, batch, recompute=config.parallel.recompute)
     count = _numbers(model)
     per_block = [_numbers(block) for block in blocks]
     largest = max([count - sum(per_block), *per_block])
     width = 2 if config.precision.compute == "bf16" else FP32_BYTES
-    # the root is gathered for the whole step, one block beside it; a layout of whole copies gathers nothing
-    # new in fp32
-    gathered = (
-        0 if layout.dp_shard == 1 and width == FP32_BYTES else (count - sum(per_block) + largest) * width
-    )
-    share = -(-count // layout.dp_shard) * FP32_BYTES
+    # the root is gathered for the whole step, one block beside it; whole copies in fp32 gather nothing new
+    gathered = 0
+    if layout.dp_shard > 1 or width != FP32_BYTES:
+        gathered = (count - sum(per_block) + largest) * width
+    share = sum(_largest_shard(p, layout.dp_shard) for p in model.parameters()) * FP32_BYTES
     return RankMemory(
-        parameters=share, gradients=share, optimizer=2 * share, gathered=gathered, activations=activations
+        parameters=share,
+        gradients=share,
+        optimizer=2 * share,
+        gathered=gathered,
+        activations=sum(kept),
+        backward=max(kept, default=0),
+        checkpoint_copy=3 * share if plan.device == "cpu" else 0,
     )
 
 
-def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> int:
-    """Bytes that the backward pass of `batch` needs, beyond parameters; shared memory counts once."""
+def _largest_shard(parameter: torch.Tensor, shards: int) -> int:
+    """Numbers that the rank with most of `parameter` holds: it is cut by rows."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // shards) * (parameter.numel() // max(rows, 1))
+
+
+def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> list[int]:
+    """Bytes of each thing that the backward pass of `batch` needs, beyond parameters; shared memory once."""
     known = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
@@ -97,7 +108,7 @@ def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> i
     for handle in handles:
         handle.remove()
     del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    return [storage.nbytes() for storage in kept.values()]
 
 
 class _KeptResults(TorchDispatchMode):

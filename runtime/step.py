@@ -5,6 +5,7 @@ rank that carries data and divided once. The count is known before the forward p
 the model computes, and gradients leave the backward pass already divided by it.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,14 @@ from .data.packing import IGNORED
 from .optim.adamw import ShardedAdamW
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it, so that both clip alike
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no number any more on this rank; its state must not be saved."""
+
+
+class NonFinitePeer(RuntimeError):
+    """The same, seen from a rank whose own part is finite."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ def train_step(
     # read by the host only now that all of the step is launched: a GPU is waited for once a step
     loss_value, norm_value = torch.stack([sums[0], grad_norm]).tolist()
     tokens, stops = counts.tolist()
+    if not math.isfinite(loss_value + norm_value):
+        raise _not_finite(loss_sum.item(), loss_value / max(tokens, 1), norm_value)
     return StepResult(
         loss_sum=loss_value, tokens=tokens, grad_norm=norm_value, exposed_comm_s=waited, stop=stops > 0
     )
@@ -91,6 +102,18 @@ def _clip(grads: list[torch.Tensor], scale: torch.Tensor) -> None:
     """Shrink gradients by `scale` where it is below 1; on the host, where asking is free, only then."""
     if scale.device.type != "cpu" or scale < 1.0:
         torch._foreach_mul_(grads, scale.clamp(max=1.0).to(torch.float32))
+
+
+def _not_finite(own_loss_sum: float, loss: float, grad_norm: float) -> RuntimeError:
+    """The error of this rank: its own where its loss is no number, or where only the gradient is none.
+
+    The update is made already, so whoever catches it must drop the state.
+    """
+    elsewhere = math.isfinite(own_loss_sum) and not math.isfinite(loss)
+    return (NonFinitePeer if elsewhere else NonFiniteLoss)(
+        f"loss {loss}, gradient norm {grad_norm}: training has diverged or met bad numbers; nothing of this "
+        "step is saved and the last checkpoint stands; lower optim.lr or raise optim.warmup_steps"
+    )
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -23,9 +23,13 @@ from torch.distributed.tensor import DTensor
 from ...parallel.collectives import gather_json
 from ..optim.adamw import local_of
 from ..state import TrainState
-from .format import DamagedCheckpoint
+from .format import DamagedCheckpoint, read_index
 from .shelf import Shelf
 from .storage import FolderReader, FolderWriter
+
+
+class CheckpointMismatch(RuntimeError):
+    """A whole checkpoint, of another model than the one to be loaded."""
 
 
 class NoCheckpointLeft(RuntimeError):
@@ -99,20 +103,27 @@ class Checkpointer:
     def load(self, state: TrainState) -> Loaded | None:
         """Load the newest whole checkpoint into `state`; None when there is none at all.
 
-        Raises NoCheckpointLeft when there are some and all are damaged: starting anew would bury them.
+        Raises NoCheckpointLeft when there are some and all are damaged (starting anew would bury them), and
+        CheckpointMismatch when one is whole and of another model.
         """
         device = next(state.model.parameters()).device
         candidates: list[int] = gather_json(self._shelf.steps(), self._everyone, device)[0]
         damaged: list[str] = []
         for step in candidates:
-            reader = FolderReader(self._shelf.path(step))
+            folder = self._shelf.path(step)
+            tensors = state.tensors()
+            looked: dict[str, Any] = gather_json(_look(folder, tensors), self._everyone, device)[0]
+            if "mismatch" in looked:
+                raise CheckpointMismatch(f"{folder}: {looked['mismatch']}")
+            if "damage" in looked:
+                damaged.append(f"step {step}: {looked['damage']}")
+                continue
             try:
-                dcp.load(state.tensors(), storage_reader=reader)
+                dcp.load(tensors, storage_reader=FolderReader(folder))
             except CheckpointException as error:
                 damaged.append(f"step {step}: {_first_cause(error)}")
                 continue
-            progress = gather_json(reader.index.progress if _is_first() else None, self._everyone, device)[0]
-            state.set_progress(progress)
+            state.set_progress(looked["progress"])
             return Loaded(step, damaged)
         if damaged:
             raise NoCheckpointLeft(
@@ -133,11 +144,11 @@ class Checkpointer:
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=False)
             writer = FolderWriter(partial, progress, commit)
             dcp.save(copies, storage_writer=writer, planner=planner, process_group=self._group)
-        except (CheckpointException, OSError, RuntimeError) as error:
-            if isinstance(error, CheckpointException):
-                # torch's is no Exception: raised as it is, it would pass by whoever reports this rank's end
-                error = CheckpointNotWritten(f"step {progress['step']}: {_first_cause(error)}")
-            self._error = self._untold = error
+        except (
+            BaseException
+        ) as error:  # a thread's error is seen by nobody: kept for the rank, whatever it is
+            cause = _first_cause(error) if isinstance(error, CheckpointException) else repr(error)
+            self._error = self._untold = CheckpointNotWritten(f"step {progress['step']}: {cause}")
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
 
     def _join(self) -> None:
@@ -161,8 +172,20 @@ class Checkpointer:
         return staged
 
 
-def _is_first() -> bool:
-    return dist.get_rank() == 0
+def _look(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the index of a checkpoint says: its progress, its damage, or why it is none of this model."""
+    try:
+        index = read_index(folder)
+    except DamagedCheckpoint as error:
+        return {"damage": str(error)}
+    for name, tensor in tensors.items():
+        stored = index.tensors.get(name)
+        if stored is None:
+            return {"mismatch": f"holds no {name}, which this model has; choose another run.dir"}
+        if stored.shape != tuple(tensor.shape):
+            shapes = f"{list(stored.shape)}, which is {list(tensor.shape)} in this model"
+            return {"mismatch": f"holds {name} as {shapes}; choose another run.dir"}
+    return {"progress": index.progress}
 
 
 def _first_cause(error: CheckpointException) -> str:

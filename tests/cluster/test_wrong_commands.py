@@ -1,4 +1,4 @@
-"""What the user mistypes is answered in the first second, all of it at once, and nothing is started or made."""
+"""What the user mistypes is answered in a second, all of it at once, and nothing is started or made."""
 
 from pathlib import Path
 

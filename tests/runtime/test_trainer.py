@@ -1,7 +1,9 @@
 """The loop of a rank against a disk and data that misbehave."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training import checkpoint_values, events, metrics, train_on_ranks, write_corpus
 
@@ -83,3 +85,23 @@ def test_validation_is_the_same_under_every_layout(source: Path, tmp_path: Path)
         [line] = metrics(run_dir)
         figures.append((line["val_loss"], line["val_bits_per_byte"]))
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(source: Path, tmp_path: Path) -> None:
+    """Trained on, it would push every good checkpoint off the shelf, one by one."""
+    reckless = ("optim.lr=1e20", "optim.clip=none", "optim.warmup_steps=0", "checkpoint.every=1")
+    with pytest.raises(AssertionError, match="NonFinite"):
+        train_on_ranks(2, tmp_path, source, "run.steps=20", *reckless)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert all(math.isfinite(loss) for loss in losses)
+    last = max(int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-????????"))
+    assert last <= len(losses)
+    _, values = checkpoint_values(tmp_path / "checkpoints" / f"step-{last:08d}")
+    assert all(np.isfinite(value).all() for value in values.values())
+
+
+def test_a_whole_checkpoint_of_another_model_is_not_called_damaged(source: Path, tmp_path: Path) -> None:
+    """Told to restore a backup, its owner would look for a fault that is not there."""
+    train_on_ranks(1, tmp_path, source, "run.steps=1")
+    with pytest.raises(AssertionError, match=r"CheckpointMismatch.*ffn\.gate\.weight as \[47, 32\]"):
+        train_on_ranks(1, tmp_path, source, "run.steps=2", "model.ffn_dim=48")

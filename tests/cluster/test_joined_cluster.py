@@ -1,0 +1,173 @@
+"""A running Ray cluster that the command joins: it trains there, gives everything back and stops nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import RUN_TIMEOUT_S, Bench, events, free_port, lines, reached, wait_until
+
+FIGURES = ("step", "loss", "tokens_per_second", "step_seconds", "grad_norm", "learning_rate", "memory_bytes")
+CPUS = 4
+
+
+class Head:
+    """A Ray head node of a user's, with its own processes, ports and folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._bench = Bench(folder)
+        self.port, self.metrics_port = free_port(), free_port()
+        self.env = {**self._bench.env, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        ports = {
+            "port": self.port,
+            "metrics-export-port": self.metrics_port,
+            "ray-client-server-port": free_port(),
+            "dashboard-agent-listen-port": free_port(),
+            "dashboard-agent-grpc-port": free_port(),
+            "runtime-env-agent-port": free_port(),
+        }
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--include-dashboard=false"]
+        command += [f"--num-cpus={CPUS}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={self._bench.short}/ray"]
+        command += [f"--{name}={port}" for name, port in ports.items()]
+        self.log = folder / "head.log"  # not a pipe: the daemons inherit it and would keep it open
+        with open(self.log, "w") as log:
+            subprocess.run(command, env=self.env, stdout=log, stderr=log, timeout=100, check=True)
+
+    @property
+    def address(self) -> str:
+        """Where the cluster is joined."""
+        return f"127.0.0.1:{self.port}"
+
+    def ask(self, code: str) -> str:
+        """Evaluate an expression as another user of the cluster, who is connected to it."""
+        program = f"import ray; ray.init({self.address!r}, log_to_driver=False); print({code})"
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return ended.stdout.strip().splitlines()[-1]
+
+    def workers(self) -> list[int]:
+        """Processes of ranks and controllers that are alive on the cluster."""
+        return self._bench.pids("ray::Worker") + self._bench.pids("ray::Controller")
+
+    def metrics(self) -> str:
+        """What Prometheus would read from the node."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as page:
+            text: str = page.read().decode()
+            return text
+
+    def close(self) -> None:
+        """End the node; only its own processes."""
+        for pid in self._bench.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._bench.close()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """One cluster for all tests here: it takes ten seconds to start."""
+    made = Head(tmp_path_factory.mktemp("head"))
+    yield made
+    made.close()
+
+
+def join(bench: Bench, head: Head) -> str:
+    """The override that joins the cluster; commands get its way of authentication."""
+    bench.env["RAY_AUTH_MODE"] = "disabled"
+    return f"run.address={head.address}"
+
+
+def is_free(head: Head) -> bool:
+    """Whether the cluster is up and all of it can be used again."""
+    return head.ask("ray.available_resources().get('CPU')") == f"{CPUS}.0"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)  # starts a cluster, and waits ten seconds for Ray to export its metrics
+def test_two_runs_share_a_cluster_show_their_figures_and_leave_it_as_it_was(
+    bench: Bench, head: Head, paced: Path, tmp_path: Path
+) -> None:
+    """Two teams on one cluster: each trains its own run, both are seen by Prometheus, and nothing stays."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    where = join(bench, head)
+    slow = ("model.pause_s=0.1", "run.steps=220", "checkpoint.every=0")
+    one = bench.start("train", paced, where, f"run.dir={first}", "run.name=first", *slow)
+    two = bench.start("train", paced, where, f"run.dir={second}", "run.name=second", *slow)
+    reached(first, 1)
+    reached(second, 1)
+
+    def shown() -> bool:
+        text = head.metrics()
+        return all(f"rayfold_{name}{{" in text for name in FIGURES) and 'run="first"' in text
+
+    wait_until(shown, 40, "the figures of the runs as Ray metrics")
+    wait_until(lambda: 'run="second"' in head.metrics(), 30, "the figures of the second run")
+    for command, run_dir in ((one, first), (two, second)):
+        ended = command.wait()
+        assert ended.status == 0, ended.err
+        assert [line["step"] for line in lines(run_dir / "metrics.jsonl")] == list(range(1, 221))
+        assert not events(run_dir, "fault")
+    assert lines(first / "metrics.jsonl")[-1]["loss"] == lines(second / "metrics.jsonl")[-1]["loss"]
+    wait_until(lambda: is_free(head), 30, "all resources free again")
+    assert head.workers() == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_killed_command_gives_its_part_of_the_cluster_back(
+    bench: Bench, head: Head, paced: Path, run_dir: Path, number: signal.Signals
+) -> None:
+    """Without a reaper on the cluster's machines, Ray itself must end what the command owned."""
+    command = bench.start("train", paced, join(bench, head), "model.pause_s=0.1", "run.steps=1000")
+    reached(run_dir, 2)
+    assert head.workers()
+    command.process.send_signal(number)
+    command.wait(10)
+    wait_until(lambda: not head.workers(), 20, "the end of the run's processes")
+    wait_until(lambda: is_free(head), 30, "all resources free again")
+
+
+@pytest.mark.ray
+def test_a_stopped_worker_does_not_keep_its_place_on_the_cluster(
+    bench: Bench, head: Head, paced: Path, run_dir: Path
+) -> None:
+    """A process that answers nobody, not even Ray, must be ended all the same."""
+    options = ("model.pause_s=0.1", "run.steps=1000", "run.collective_timeout_s=5", "checkpoint.every=0")
+    command = bench.start("train", paced, join(bench, head), *options)
+    reached(run_dir, 2)
+    os.kill(events(run_dir, "formed")[0]["pids"][1], signal.SIGSTOP)
+    ended = command.wait(60)
+    assert ended.status == 1
+    assert "rank 1 did not come" in ended.verdict
+    wait_until(lambda: not head.workers(), 20, "the end of the stopped process")
+    wait_until(lambda: is_free(head), 30, "all resources free again")
+
+
+@pytest.mark.ray
+def test_more_ranks_than_the_cluster_has_are_refused_in_numbers(
+    bench: Bench, head: Head, paced: Path, run_dir: Path
+) -> None:
+    """Exit 1 after run.start_timeout_s, saying what is needed and what is there; Ctrl-C need not wait so long."""
+    asked = ("run.workers=8", "batch.size=8")
+    ended = bench.run("train", paced, join(bench, head), *asked, "run.start_timeout_s=3", timeout_s=40)
+    assert ended.status == 1
+    assert "run.workers = 8" in ended.verdict
+    assert f"'CPU': {CPUS}" in ended.verdict
+    command = bench.start("train", paced, join(bench, head), *asked, "run.start_timeout_s=600")
+    wait_until(lambda: len(events(run_dir, "run_started")) == 2, RUN_TIMEOUT_S, "the second start")
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait(20).status == 0
+    wait_until(lambda: is_free(head), 30, "all resources free again")
