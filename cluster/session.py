@@ -7,6 +7,7 @@ reaper (`reaper.py`) whatever happens to the command. Nothing of a joined cluste
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from . import reaper
 
 OBJECT_STORE_BYTES = 100 << 20  # commands and metrics only; Ray's default would take a third of the memory
 REAPER_WAIT_S = 15.0
+KNOCK_TIMEOUT_S = 10.0
 
 
 class SessionError(RuntimeError):
@@ -46,8 +48,9 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
             yield
         return
     try:
+        _knock(address)
         ray.init(address=address, namespace=namespace, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise SessionError(
             f'run.address = "{address}": no Ray cluster can be joined there ({_one_line(error)}); start '
             "one with "
@@ -57,6 +60,13 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at host:port; Ray would try for more than a minute."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
 
 
 def check_embedded() -> None:

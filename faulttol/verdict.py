@@ -17,7 +17,8 @@ FRAMES_SHOWN = 3
 _PEER_KINDS = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "NonFinitePeer"})
 # how gloo and NCCL report a peer that left or does not come; a user's own "timed out" is none of them
 _PEER_LOST = re.compile(
-    r"gloo|nccl|process ?group|connection (closed|reset) by peer|timed out waiting \d+ ?ms|socket closed",
+    r"gloo|nccl|process ?group|connection (closed|reset) by peer|timed out waiting \d+ ?ms|socket closed"
+    r"|pair closure",
     re.IGNORECASE,
 )
 _LIBRARIES = (

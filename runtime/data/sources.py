@@ -17,6 +17,7 @@ from .errors import DataError
 
 TOKENS_FORMAT = "rayfold-tokens"
 INDEX_NAME = "index.json"
+JOURNAL_NAME = "journal.json"
 
 _KINDS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 # Never text: left out of folders when the format is "auto"; naming such a file alone still tries it.
@@ -158,6 +159,11 @@ def _folder_paths(folder: Path, wanted: str) -> list[Path]:
             f"data.source {str(folder)!r} holds no {INDEX_NAME} of tokenized shards, so data.format = "
             "'tokens' cannot read it. Write it with `rayfold data tokenize`, or set data.format = 'auto'."
         )
+    if _is_half_tokenized(folder):  # what lies there would be read as text
+        raise DataError(
+            f"data.source {str(folder)!r} was tokenized only in part. Run the same `rayfold data tokenize` "
+            "again, which goes on where it was interrupted."
+        )
     paths = list(_walk(folder, frozenset({"__pycache__"})))
     if wanted == "text":
         return paths
@@ -167,6 +173,14 @@ def _folder_paths(folder: Path, wanted: str) -> list[Path]:
     if data or wanted != "auto":
         return data
     return [path for path in paths if path.suffix.lower() not in _BINARY]
+
+
+def _is_half_tokenized(folder: Path) -> bool:
+    try:
+        journal = json.loads((folder / JOURNAL_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(journal, dict) and {"identity", "tokenizer_sha256", "shards"} <= journal.keys()
 
 
 def _walk(folder: Path, leave_out: frozenset[str]) -> Iterator[Path]:

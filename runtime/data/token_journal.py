@@ -7,9 +7,7 @@ from typing import Any
 
 from .errors import DataError
 from .shard_writer import write_whole
-from .sources import INDEX_NAME
-
-JOURNAL_NAME = "journal.json"
+from .sources import INDEX_NAME, JOURNAL_NAME
 
 
 @dataclass(kw_only=True)

@@ -160,7 +160,7 @@ def test_a_stopped_worker_does_not_keep_its_place_on_the_cluster(
 def test_more_ranks_than_the_cluster_has_are_refused_in_numbers(
     bench: Bench, head: Head, paced: Path, run_dir: Path
 ) -> None:
-    """Exit 1 after run.start_timeout_s, saying what is needed and what is there; Ctrl-C need not wait so long."""
+    """Exit 1 after run.start_timeout_s, saying what is needed and what is there; Ctrl-C is faster."""
     asked = ("run.workers=8", "batch.size=8")
     ended = bench.run("train", paced, join(bench, head), *asked, "run.start_timeout_s=3", timeout_s=40)
     assert ended.status == 1
