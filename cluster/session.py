@@ -21,6 +21,7 @@ from . import reaper
 OBJECT_STORE_BYTES = 100 << 20  # commands and metrics only; Ray's default would take a third of the memory
 REAPER_WAIT_S = 15.0
 KNOCK_TIMEOUT_S = 10.0
+NEEDED_PROCESSES = frozenset({"gcs_server", "raylet"})  # a run goes on without log monitor or dashboard
 
 
 class SessionError(RuntimeError):
@@ -40,9 +41,8 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
     """
     # Ray reads these when it is initialised; a user's own setting stays
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
-    )  # workers use this environment, not a rebuilt one
+    # workers use this environment, not one rebuilt by uv
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address == "local":
         with _embedded(cpus=cpus, gpus=gpus, namespace=namespace):
             yield
@@ -53,8 +53,7 @@ def ray_session(address: str, *, cpus: int, gpus: int, namespace: str) -> Iterat
     except (OSError, RuntimeError, ValueError) as error:
         raise SessionError(
             f'run.address = "{address}": no Ray cluster can be joined there ({_one_line(error)}); start '
-            "one with "
-            f'"ray start --head", or set run.address="local"'
+            'one with "ray start --head", or set run.address="local"'
         ) from error
     try:
         yield
@@ -75,15 +74,14 @@ def check_embedded() -> None:
     Ray's own answer to a lost GCS is to wait, and then to end this process without a word.
     """
     node = ray._private.worker.global_worker.node
-    if node is not None and (dead := node.dead_processes()):
-        raise SessionLost(", ".join(name for name, _ in dead))
+    dead = [name for name, _ in node.dead_processes()] if node is not None else []
+    if lost := NEEDED_PROCESSES.intersection(dead):
+        raise SessionLost(", ".join(sorted(lost)))
 
 
 @contextmanager
 def _embedded(*, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
-    folder = tempfile.mkdtemp(
-        prefix="rayfold-"
-    )  # short: Ray keeps sockets in it, whose paths end at 107 characters
+    folder = tempfile.mkdtemp(prefix="rayfold-")  # short: sockets lie in it, whose paths end at 107 letters
     read_end, write_end = os.pipe()
     watcher = subprocess.Popen(
         [sys.executable, "-I", reaper.__file__, folder, str(read_end)],

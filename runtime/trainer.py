@@ -132,10 +132,13 @@ class Trainer:
         state.progress = Progress(self.step, loader.cursor, state.progress.tokens + result.tokens)
         last = self.step == config.run.steps or result.stop
         due = last or (config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0)
-        stall_s = checkpointer.save(state) if due else 0.0
+        stall_s = checkpointer.stage(state) if due else 0.0
         seconds = time.perf_counter() - started
         validation = self._validate(mesh, corpus, state.model, last=last)
         self._record(result, validation, lr=lr, seconds=seconds, data_wait_s=data_wait_s, stall_s=stall_s)
+        if due:
+            # only now: a checkpoint that stands while its step is missing from the record hides it for good
+            checkpointer.write()
         self._tell_failed_save(checkpointer)
         return result.stop
 

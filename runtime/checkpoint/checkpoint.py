@@ -68,23 +68,31 @@ class Checkpointer:
         self._group = group
         self._on_commit = on_commit
         self._copies: dict[str, torch.Tensor] = {}
+        self._staged: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None  # what stopped the last write, the same on every rank
         self._untold: Exception | None = None
 
     def save(self, state: TrainState) -> float:
         """Copy the state and start writing it; returns the seconds that training waited."""
+        stall = self.stage(state)
+        self.write()
+        return stall
+
+    def stage(self, state: TrainState) -> float:
+        """Copy the state as it is now, for `write`; returns the seconds that training waited."""
         started = time.perf_counter()
         self._join()
         self._error = None
-        copies = self._copy(state.tensors())
-        progress = state.progress_values()
-        stall = time.perf_counter() - started
-        self._writing = threading.Thread(
-            target=self._write, args=(copies, progress), name="checkpoint", daemon=True
-        )
+        self._staged = self._copy(state.tensors()), state.progress_values()
+        return time.perf_counter() - started
+
+    def write(self) -> None:
+        """Start writing what was staged."""
+        assert self._staged is not None, "stage comes first"
+        staged, self._staged = self._staged, None
+        self._writing = threading.Thread(target=self._write, args=staged, name="checkpoint", daemon=True)
         self._writing.start()
-        return stall
 
     def take_error(self) -> Exception | None:
         """What stopped a write that has ended, told once; the previous checkpoint still stands.

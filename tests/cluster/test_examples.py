@@ -41,8 +41,8 @@ def test_the_custom_model_sees_no_later_token_and_no_other_document() -> None:
 def test_a_users_own_model_trains_on_two_ranks(bench: Bench, run_dir: Path, text: Path) -> None:
     """The example as it is printed, on less data; its module is found beside its configuration."""
     small = ("run.steps=10", "batch.size=4", "data.seq_len=64", f"data.source={text}", f"run.dir={run_dir}")
-    ended = bench.run("train", EXAMPLES / "custom_model.toml", *small)
-    assert ended.status == 0, ended.err
+    ended = bench.run("train", EXAMPLES / "custom_model.toml", *small, "--quiet")
+    assert (ended.status, ended.out, ended.err) == (0, "", ""), "quiet is quiet"
     metrics = lines(run_dir / "metrics.jsonl")
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert events(run_dir, "formed")[0]["world_size"] == 2

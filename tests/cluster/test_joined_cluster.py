@@ -126,7 +126,7 @@ def test_two_runs_share_a_cluster_show_their_figures_and_leave_it_as_it_was(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.campaign)])
 def test_a_killed_command_gives_its_part_of_the_cluster_back(
     bench: Bench, head: Head, paced: Path, run_dir: Path, number: signal.Signals
 ) -> None:

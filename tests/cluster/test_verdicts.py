@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from commands import Bench, Ended, events, reached, wait_until
 
+CAMPAIGN = pytest.mark.campaign  # a second case of the same kind
+
 
 def check_verdict(ended: Ended, run_dir: Path, *, cls: str, ranks: list[int]) -> dict[str, Any]:
     """A failed run says the same in its last line, its events and its summary; returns the event."""
@@ -39,7 +41,7 @@ def test_an_exception_is_told_with_rank_step_message_and_place(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=CAMPAIGN)])
 def test_a_dead_worker_is_named_with_its_signal(
     bench: Bench, paced: Path, run_dir: Path, number: signal.Signals
 ) -> None:
@@ -54,7 +56,7 @@ def test_a_dead_worker_is_named_with_its_signal(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["stopped", "asleep"])
+@pytest.mark.parametrize("how", ["asleep", pytest.param("stopped", marks=CAMPAIGN)])
 def test_a_silent_rank_is_named_and_the_run_ends(bench: Bench, paced: Path, run_dir: Path, how: str) -> None:
     """A rank that hangs fails nowhere; its peers' timeout names it, and it is ended although it is deaf."""
     trouble = ("model.trouble=sleep", "model.rank=1", "model.step=4") if how == "asleep" else ()

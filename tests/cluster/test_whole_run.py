@@ -35,6 +35,7 @@ SUMMARY_KEYS = {
     "restarts",
     "lost_steps",
     "goodput",
+    "skipped_data",
 }
 FORMED_KEYS = {"time_unix", "kind", "step", "epoch", "world_size", "layout", "nodes", "pids"}
 
