@@ -22,6 +22,7 @@ from ..runtime.config import ConfigError, CustomModel, documented_keys, read_set
 from ..runtime.journal import SUMMARY, Journal, write_atomically
 from ..runtime.plan import RunPlan, plan_settings
 from ..runtime.resume import check_goes_on, newest_step
+from .claim import claim
 from .home import Home
 from .interrupts import StoppedAtOnce
 
@@ -92,10 +93,12 @@ def train(
         return
     _check_what_it_names(plan)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.toml", write_toml(plan.config))
-    from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
+    with claim(run_dir):
+        write_atomically(run_dir / "config.toml", write_toml(plan.config))
+        from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
 
-    _end(launch(plan, home=home, quiet=quiet), as_json=as_json, quiet=quiet)
+        summary = launch(plan, home=home, quiet=quiet)
+    _end(summary, as_json=as_json, quiet=quiet)
 
 
 @app.command()

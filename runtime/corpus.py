@@ -20,6 +20,7 @@ from .data.scan import BlockCount, scan_blocks
 from .data.tokenizer import Tokenizer, resolve_tokenizer
 from .data.unchanged import check_unchanged
 from .journal import write_atomically
+from .resume import newest_step
 
 INDEX_FILE = "data-index.json"
 Progress = Callable[[int, int, str], None]
@@ -52,8 +53,11 @@ def open_corpus(
 
 
 def _read_known(path: Path, config: DataConfig) -> str | None:
-    """The run's index when it has one; raises DataError when the source is another by now."""
-    if not path.exists():
+    """The index of a run that has samples behind it; raises DataError when the source is another by now.
+
+    Without a checkpoint nothing counts on the order yet, so a first attempt at the wrong source can be mended.
+    """
+    if not path.exists() or not newest_step(path.parent):
         return None
     text = path.read_text()
     check_unchanged(Index.from_json(text), config)

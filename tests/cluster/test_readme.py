@@ -38,7 +38,7 @@ def test_make_knows_what_the_readme_asks_of_it(line: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)  # as printed, one after the other: four small runs and a tokenization
+@pytest.mark.timeout(600)  # as printed, one after the other: four small runs and a tokenization
 def test_every_rayfold_command_of_the_readme_works_as_printed(bench: Bench) -> None:
     """In a fresh folder with the examples, in reading order: later ones use what earlier ones made."""
     shutil.copytree(

@@ -27,12 +27,16 @@ def train_slowly(bench: Bench, paced: Path) -> Command:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)  # two runs, on a machine that may be busy
 def test_ctrl_c_saves_the_step_it_reached_and_twice_ends_at_once(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:
     """The key as a terminal sends it, to the command and every process that it started in the foreground."""
     command = train_slowly(bench, paced)
     reached(run_dir, 3)
+    second = bench.run("train", paced, *SLOW, timeout_s=30)
+    assert second.status == 2, "two commands would write one record"
+    assert "another rayfold command is training there" in second.verdict
     command.press_ctrl_c()
     ended = command.wait(30)
     assert ended.status == 0, ended.out
@@ -78,6 +82,7 @@ def test_ctrl_c_before_training_stops_without_a_step(
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)  # two runs, on a machine that may be busy
 def test_sigterm_is_as_good_as_ctrl_c_and_a_step_that_never_ends_does_not_keep_the_command(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:

@@ -105,3 +105,15 @@ def test_a_whole_checkpoint_of_another_model_is_not_called_damaged(source: Path,
     train_on_ranks(1, tmp_path, source, "run.steps=1")
     with pytest.raises(AssertionError, match=r"CheckpointMismatch.*ffn\.gate\.weight as \[47, 32\]"):
         train_on_ranks(1, tmp_path, source, "run.steps=2", "model.ffn_dim=48")
+
+
+def test_a_first_attempt_at_the_wrong_source_can_be_mended(source: Path, tmp_path: Path) -> None:
+    """Until a checkpoint stands no sample counts, so the index of a run that never trained binds nobody."""
+    other = write_corpus(tmp_path / "other", documents=60)
+    run_dir = tmp_path / "run"
+    reckless = ("optim.lr=1e30", "optim.clip=none", "optim.warmup_steps=0")
+    with pytest.raises(AssertionError, match="NonFinite"):
+        train_on_ranks(1, run_dir, source, "run.steps=9", *reckless)
+    assert (run_dir / "data-index.json").exists()
+    ends = train_on_ranks(1, run_dir, other, "run.steps=2")
+    assert [end.status for end in ends] == ["finished"]
