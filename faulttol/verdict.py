@@ -5,11 +5,13 @@ failure that is no consequence of a lost peer comes before one that is, and amon
 first.
 """
 
+import os
 import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +22,10 @@ _PEER_LOST = re.compile(
     r"gloo|nccl|process ?group|connection (closed|reset) by peer|timed out waiting \d+ ?ms|socket closed"
     r"|pair closure",
     re.IGNORECASE,
+)
+_ROOT = Path(__file__).resolve().parents[1]
+_OWN_FOLDERS = tuple(
+    f"{_ROOT / name}{os.sep}" for name in ("cluster", "faulttol", "kernels", "models", "parallel", "runtime")
 )
 _LIBRARIES = (
     "site-packages",
@@ -85,8 +91,13 @@ def failure_of(error: BaseException, *, rank: int, step: int, time_unix: float) 
 
 
 def user_frames(trace: TracebackType | None) -> list[str]:
-    """The innermost frames that are not a library's; all frames count when every one is."""
+    """The innermost frames that are not a library's; all frames count when every one is.
+
+    None when Rayfold itself raised: its message says what to do, and where it was raised says nothing more.
+    """
     frames = traceback.extract_tb(trace)
+    if frames and frames[-1].filename.startswith(_OWN_FOLDERS):
+        return []
     own = [f for f in frames if not any(part in f.filename for part in _LIBRARIES)] or list(frames)
     return [f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}" for f in own[-FRAMES_SHOWN:]]
 
@@ -102,15 +113,20 @@ def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = 
     if first.lost_peer and missing:
         return _hang(first, missing)
     when = f"at step {first.step}" if first.step else "before the first step"
+    # an error that every rank raises alike (unreadable data, a model that cannot be built) is nobody's own
+    alike = sorted({f.rank for f in ranked if (f.kind, f.message) == (first.kind, first.message)})
+    if first.lost_peer:
+        alike = [first.rank]
+    who = f"rank {alike[0]}" if len(alike) == 1 else f"ranks {', '.join(map(str, alike))}"
     if first.kind == "died":
-        sentence = f"rank {first.rank} died {when}: {first.message}"
+        sentence = f"{who} died {when}: {first.message}"
     else:
         where = f" ({first.frames[-1]})" if first.frames else ""
-        sentence = f"rank {first.rank} failed {when}: {first.kind}: {_one_line(first.message)}{where}"
-    also = sorted({f.rank for f in ranked[1:]} - {first.rank})
+        sentence = f"{who} failed {when}: {first.kind}: {_one_line(first.message)}{where}"
+    also = sorted({f.rank for f in ranked} - set(alike))
     return Verdict(
         sentence=sentence,
-        ranks=[first.rank],
+        ranks=alike,
         cls="died" if first.kind == "died" else "exception",
         step=first.step,
         evidence={

@@ -55,7 +55,7 @@ def open_corpus(
 def _read_known(path: Path, config: DataConfig) -> str | None:
     """The index of a run that has samples behind it; raises DataError when the source is another by now.
 
-    Without a checkpoint nothing counts on the order yet, so a first attempt at the wrong source can be mended.
+    Without a checkpoint nothing counts on the order yet: a first attempt at the wrong source can be mended.
     """
     if not path.exists() or not newest_step(path.parent):
         return None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from rayfold.faulttol.verdict import Failure, decide, failure_of, user_frames
+from rayfold.models.registry import ModelError, load_factory
 
 
 def failure(rank: int, kind: str, message: str, time_unix: float, *, step: int = 5) -> Failure:
@@ -129,3 +130,23 @@ def test_frames_of_libraries_are_left_out() -> None:
     while only_library.tb_next is not None:
         only_library = only_library.tb_next
     assert len(user_frames(only_library)) == 1
+
+
+def test_an_error_that_every_rank_raises_alike_is_nobodys_own() -> None:
+    """Unreadable data is no fault of rank 0; blaming it would send its owner to look at a machine."""
+    failures = [
+        Failure(rank=rank, step=0, kind="DataError", message="no text", time_unix=10.0 - rank)
+        for rank in (1, 0)
+    ]
+    verdict = decide(failures)
+    assert verdict.ranks == [0, 1]
+    assert verdict.sentence == "ranks 0, 1 failed before the first step: DataError: no text"
+    assert verdict.evidence["followed_by_ranks"] == []
+
+
+def test_an_error_of_rayfolds_own_names_no_line_of_it() -> None:
+    """Its message says what to do; a path into the library says nothing to a user."""
+    try:
+        load_factory("no_such_module:build", {})
+    except ModelError as error:
+        assert failure_of(error, rank=0, step=0, time_unix=0.0).frames == []
