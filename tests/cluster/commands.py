@@ -30,8 +30,8 @@ from rayfold.runtime.checkpoint.shelf import Shelf
 
 RAYFOLD = str(Path(sys.executable).with_name("rayfold"))
 TEST_MARK = "RAYFOLD_TEST"
-RUN_TIMEOUT_S = 100.0  # a whole small run takes 15 s on two idle cores
-GONE_TIMEOUT_S = 15.0
+RUN_TIMEOUT_S = 200.0  # a whole small run takes 15 s on two idle cores, and ten times that on busy ones
+GONE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_a_users_own_model_trains_on_two_ranks(bench: Bench, run_dir: Path, text
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # four tokenizations and a run
+@pytest.mark.timeout(600)  # four tokenizations and a run
 def test_interrupted_tokenizing_goes_on_to_the_same_bytes_and_trains(
     bench: Bench, small: Path, run_dir: Path, tmp_path: Path
 ) -> None:

@@ -96,7 +96,7 @@ def is_free(head: Head) -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)  # starts a cluster, and waits ten seconds for Ray to export its metrics
+@pytest.mark.timeout(600)  # starts a cluster, and waits ten seconds for Ray to export its metrics
 def test_two_runs_share_a_cluster_show_their_figures_and_leave_it_as_it_was(
     bench: Bench, head: Head, paced: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +162,7 @@ def test_more_ranks_than_the_cluster_has_are_refused_in_numbers(
 ) -> None:
     """Exit 1 after run.start_timeout_s, saying what is needed and what is there; Ctrl-C is faster."""
     asked = ("run.workers=8", "batch.size=8")
-    ended = bench.run("train", paced, join(bench, head), *asked, "run.start_timeout_s=3", timeout_s=40)
+    ended = bench.run("train", paced, join(bench, head), *asked, "run.start_timeout_s=3", timeout_s=90)
     assert ended.status == 1
     assert "run.workers = 8" in ended.verdict
     assert f"'CPU': {CPUS}" in ended.verdict

@@ -85,7 +85,7 @@ def kills() -> list[tuple[int, float]]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # five runs of 15 s
+@pytest.mark.timeout(600)  # five runs of 15 s
 def test_a_run_killed_whole_ends_as_if_nothing_had_happened(bench: Bench, small: Path) -> None:
     """A seeded sample of the campaign below."""
     kill_and_compare(bench, small, kills()[:SAMPLE])
@@ -93,14 +93,14 @@ def test_a_run_killed_whole_ends_as_if_nothing_had_happened(bench: Bench, small:
 
 @pytest.mark.ray
 @pytest.mark.campaign
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 def test_twenty_kills_at_random_instants_change_nothing(bench: Bench, small: Path) -> None:
     """Whatever the instant, between two steps or in the middle of a checkpoint."""
     kill_and_compare(bench, small, kills())
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # two runs, on a machine that may be busy
+@pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_no_step_is_missing_from_the_record_when_a_long_validation_is_cut_short(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:

@@ -27,7 +27,7 @@ def train_slowly(bench: Bench, paced: Path) -> Command:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # two runs, on a machine that may be busy
+@pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_ctrl_c_saves_the_step_it_reached_and_twice_ends_at_once(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:
@@ -82,7 +82,7 @@ def test_ctrl_c_before_training_stops_without_a_step(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # two runs, on a machine that may be busy
+@pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_sigterm_is_as_good_as_ctrl_c_and_a_step_that_never_ends_does_not_keep_the_command(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:

@@ -50,7 +50,7 @@ def test_a_dead_worker_is_named_with_its_signal(
     reached(run_dir, 3)
     (formed,) = events(run_dir, "formed")
     os.kill(formed["pids"][1], number)
-    verdict = check_verdict(command.wait(40), run_dir, cls="died", ranks=[1])
+    verdict = check_verdict(command.wait(90), run_dir, cls="died", ranks=[1])
     assert "rank 1 died at step" in verdict["sentence"]
     assert f"was killed by {number.name}" in verdict["sentence"]
 
@@ -65,7 +65,7 @@ def test_a_silent_rank_is_named_and_the_run_ends(bench: Bench, paced: Path, run_
     reached(run_dir, 3)
     if how == "stopped":
         os.kill(events(run_dir, "formed")[0]["pids"][1], signal.SIGSTOP)
-    verdict = check_verdict(command.wait(40), run_dir, cls="silent", ranks=[1])
+    verdict = check_verdict(command.wait(90), run_dir, cls="silent", ranks=[1])
     assert "rank 1 did not come to step" in verdict["sentence"]
     assert ("is alive but stuck" if how == "asleep" else "does not answer") in verdict["sentence"]
 

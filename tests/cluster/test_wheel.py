@@ -22,7 +22,7 @@ def run(*args: str | Path, cwd: Path, timeout_s: float = 100) -> str:
     return ended.stdout
 
 
-@pytest.mark.timeout(240)  # builds a wheel and makes an environment
+@pytest.mark.timeout(600)  # builds a wheel and makes an environment
 def test_the_wheel_holds_every_module_and_works_without_the_checkout(
     bench: Bench, small: Path, tmp_path: Path
 ) -> None:

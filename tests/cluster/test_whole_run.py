@@ -41,7 +41,7 @@ FORMED_KEYS = {"time_unix", "kind", "step", "epoch", "world_size", "layout", "no
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # two runs of 15 s and three short commands, on a machine that may be busy
+@pytest.mark.timeout(600)  # two runs of 15 s and three short commands, on a machine that may be busy
 def test_a_run_keeps_its_contract_and_the_same_command_goes_on(
     bench: Bench, small: Path, run_dir: Path
 ) -> None:

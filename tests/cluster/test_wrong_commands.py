@@ -57,7 +57,7 @@ def test_an_unknown_verb_and_a_folder_that_is_no_run_are_wrong_commands(bench: B
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)  # one whole run, and a second one up to reading its data
+@pytest.mark.timeout(600)  # one whole run, and a second one up to reading its data
 def test_a_run_refuses_another_model_and_another_source(
     bench: Bench, small: Path, text: Path, run_dir: Path
 ) -> None:
