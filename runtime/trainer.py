@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..models.llama_config import LlamaConfig
 from ..models.registry import build_model
 from ..parallel.mesh import FoldedMesh, make_mesh
 from ..parallel.parallelize import parallelize
-from .checkpoint.checkpoint import Checkpointer
+from .checkpoint.checkpoint import Checkpointer, CheckpointNotWritten
 from .checkpoint.shelf import Shelf
 from .corpus import Corpus, open_corpus
 from .data.loader import Loader, val_batches
@@ -35,7 +35,7 @@ from .optim.adamw import ShardedAdamW
 from .optim.schedule import learning_rate
 from .plan import RunPlan
 from .state import Progress, TrainState
-from .step import StepResult, on_device, train_step
+from .step import NonFiniteLoss, NonFinitePeer, StepResult, on_device, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,12 @@ class Trainer:
         checkpointer = self._make_checkpointer(mesh)
         self._resume(mesh, state, checkpointer)
         with closing(corpus.dataset):
-            status = self._train(mesh, corpus, state, checkpointer)
+            try:
+                status = self._train(mesh, corpus, state, checkpointer)
+            except (NonFiniteLoss, NonFinitePeer):
+                # raised by all ranks at one step, so the save of a good step that is still being written can end
+                self._finish_save(checkpointer)
+                raise
         self.phase = "writing the last checkpoint"
         checkpointer.wait()  # one that failed on the way must not look like one that stands
         return Outcome(status, state.progress.step)
@@ -245,6 +250,12 @@ class Trainer:
                 self._recorder.event(
                     "fault", 0, **{"class": "unreadable_data", "message": message, "count": skip.count}
                 )
+
+    def _finish_save(self, checkpointer: Checkpointer) -> None:
+        self.phase = "finishing the checkpoint of the last good step"
+        with suppress(CheckpointNotWritten):  # told as a fault; the error under way is the graver one
+            checkpointer.wait()
+        self._tell_failed_save(checkpointer)
 
     def _tell_failed_save(self, checkpointer: Checkpointer) -> None:
         if (error := checkpointer.take_error()) is not None and dist.get_rank() == 0:
