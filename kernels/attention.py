@@ -1,50 +1,112 @@
-"""Causal attention that respects document boundaries, in plain PyTorch.
+"""Attention under a column mask: FlashMask (arXiv 2410.01359) behind one function.
 
-Packed rows hold several documents. Every document is a run of positions, so attention over a row is causal
-attention over each run by itself; equal adjacent runs are batched into one call of torch's fused kernel. No
-mask is built and no score between documents is ever computed.
+The mask says what is hidden column by column (`kernels/flashmask/mask.py`; the usual ones are in
+`kernels/flashmask/kinds.py`). Tiles that are all hidden are never computed, tiles with nothing hidden see no
+mask; rows that see nothing give zero, and a log-sum-exp of minus infinity.
 """
 
-from itertools import groupby
+from math import inf
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .config import Path
+from .dispatch import choose
+from .flashmask.cpu import masked_attention
+from .flashmask.mask import ColumnMask, MaskError
 
-def document_runs(document_ids: torch.Tensor) -> list[tuple[int, int]]:
-    """Run lengths of a packed batch: [B, S] ids -> [(count, length), ...] over the flattened B * S positions.
 
-    A run ends where the id changes and at the end of every row; `count` adjacent runs of equal length share
-    an entry. Reads the ids on the host: call it once a forward pass, not once a layer.
+def flashmask_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: ColumnMask,
+    scale: float | None = None,
+    return_lse: bool = False,
+    path: Path = "auto",
+) -> Any:
+    """q [B, Nq, H, D], k and v [B, Nk, Hk, D] -> [B, Nq, H, D] in q's dtype, and the log-sum-exp fp32 [B, H,
+    Nq] if asked for.
+
+    Heads of q share those of k and v in equal groups; `scale` is 1 / sqrt(D) unless given. Raises MaskError
+    when the mask does not fit.
     """
-    ids = np.array(
-        document_ids.tolist()
-    )  # unlike numpy(), also from another device and beside pretended tensors
-    starts = np.ones(ids.shape, dtype=bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    lengths = np.diff(np.append(np.flatnonzero(starts), ids.size)).tolist()
-    return [(len(list(group)), length) for length, group in groupby(lengths)]
+    _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose("attention", q, path).path
+    if chosen == "cpu":
+        out, lse = masked_attention(q, k, v, mask.stacked, mask.plan, mask.causal, scale)
+    elif chosen == "triton":
+        out, lse = _TritonAttention.apply(q, k, v, mask, scale)
+    else:
+        out, lse = attention_reference(q, k, v, mask, scale, return_lse)
+    return (out, lse) if return_lse else out
 
 
-def document_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: list[tuple[int, int]]
-) -> torch.Tensor:
-    """Causal attention inside each run: q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D] in q's dtype.
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: ColumnMask,
+    scale: float,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As torch has it, with every score's mask in memory; the log-sum-exp is computed only when asked for."""
+    group = q.shape[2] // k.shape[2]
+    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    seen = ~mask.dense().repeat_interleave(q.shape[2] // mask.heads, dim=1)
+    out = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=group > 1
+    )
+    lse = None
+    if return_lse:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = queries.to(wide) @ keys.to(wide).repeat_interleave(group, dim=1).transpose(-1, -2) * scale
+        lse = torch.logsumexp(scores.masked_fill(~seen, -inf), -1)
+    return out.transpose(1, 2), lse
 
-    `runs` comes from `document_runs`. Heads of q share the heads of k and v in equal groups.
-    """
-    sizes = [count * length for count, length in runs]
-    # split's backward is one concatenation; slicing would write a full-size zero tensor for every run
-    parts = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True)
-    outputs = []
-    for (count, length), qkv in zip(runs, parts, strict=True):
-        heads_first = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
-        out = causal_attention(*heads_first)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).view_as(q)
+
+class _TritonAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: ColumnMask, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from .gpu import attention as gpu  # triton comes with CUDA builds of torch only
+
+        bounds: tuple[Any, ...] = mask.for_device
+        out, lse = gpu.forward(q, k, v, *bounds, causal=mask.causal, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse, *bounds)
+        ctx.causal, ctx.scale = mask.causal, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from .gpu import attention as gpu
+
+        grads = gpu.backward(grad_out, *ctx.saved_tensors, causal=ctx.causal, scale=ctx.scale)
+        return *grads, None, None
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """torch's fused causal attention: q [N, H, L, D], k and v [N, Hkv, L, D] -> [N, H, L, D]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: ColumnMask) -> None:
+    heads, key_heads = q.shape[2], k.shape[2]
+    if (
+        heads % key_heads
+        or k.shape[:3] != v.shape[:3]
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+    ):
+        raise MaskError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: one batch, one head "
+            "size, and query heads in equal groups over the key heads are needed"
+        )
+    if mask.heads not in (1, key_heads, heads):
+        raise MaskError(
+            f"the mask has {mask.heads} heads; 1, {key_heads} (keys) or {heads} (queries) can be used"
+        )
+    if (mask.lts.shape[0], mask.nq, mask.nk) != (q.shape[0], q.shape[1], k.shape[1]):
+        raise MaskError(
+            f"the mask is for batch {mask.lts.shape[0]}, {mask.nq} queries and {mask.nk} keys, the data has "
+            f"batch {q.shape[0]}, {q.shape[1]} queries and {k.shape[1]} keys"
+        )
