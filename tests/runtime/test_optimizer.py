@@ -1,0 +1,175 @@
+"""The optimizer on plain and on sharded models: torch's AdamW tensor by tensor, memory shared as before."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from rayfold.kernels.config import Path
+from rayfold.runtime.optim.adamw import BUFFER_BYTES, SMALL_BYTES, ShardedAdamW, local_of
+from rayfold.runtime.optim.config import OptimConfig
+
+CONFIG = OptimConfig(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+STEPS = 4
+
+
+class Mixed(nn.Module):
+    """Small matrices and vectors of odd sizes, and one matrix that is large to the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(5, 7 if n % 2 else 5) for n in range(6)])
+        self.out = nn.Linear(7, SMALL_BYTES["cpu"] // 4 // 7 + 1)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        for layer in self.layers:
+            total = total + layer(x).square().mean()
+        return total + self.out(torch.cat([x, x[:, :2]], 1)).square().mean()
+
+
+def gradient_of(name: str, parameter: torch.Tensor, step: int) -> torch.Tensor | None:
+    """Any numbers; one layer has none in the second step, one parameter never."""
+    if name == "unused" or (name.startswith("layers.3.") and step == 2):
+        return None
+    return torch.sin(torch.arange(parameter.numel()) * (step + 1.7) + len(name)).view(parameter.shape)
+
+
+def by_torch(**how: Any) -> nn.Module:
+    model = Mixed()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": CONFIG.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=CONFIG.lr, betas=CONFIG.betas, eps=CONFIG.eps, **how)
+    for step in range(1, STEPS + 1):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient_of(name, parameter, step)
+        adamw.step()
+    return model
+
+
+def by_us(model: nn.Module, optimizer: ShardedAdamW, steps: range = range(1, STEPS + 1)) -> None:
+    for step in steps:
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient_of(name, parameter, step)
+        optimizer.step(CONFIG.lr)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_reference_path_is_torchs_formula_bit_by_bit() -> None:
+    """Decay groups, steps of a parameter's own and missing gradients are torch's, as the formula is."""
+    model = Mixed()
+    by_us(model, ShardedAdamW(model, CONFIG, path="reference"))
+    expected = dict(by_torch(foreach=False, fused=False).named_parameters())
+    assert [name for name, p in model.named_parameters() if not torch.equal(p, expected[name])] == []
+
+
+def test_the_fast_path_is_torchs_fused_update() -> None:
+    """Equal but for the last elements of odd tensors, which torch rounds otherwise (test_adamw.py)."""
+    model = Mixed()
+    by_us(model, ShardedAdamW(model, CONFIG))
+    for name, wanted in by_torch(fused=True).named_parameters():
+        got = model.get_parameter(name)
+        whole = got.numel() // 16 * 16
+        assert torch.equal(got.flatten()[:whole], wanted.flatten()[:whole]), name
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6 * CONFIG.lr)
+
+
+def test_small_tensors_share_memory_and_large_ones_stay() -> None:
+    """What a call costs is saved where it counts, and no large tensor is ever copied."""
+    model = Mixed()
+    large = model.out.weight.data_ptr()
+    ShardedAdamW(model, CONFIG)
+    assert model.out.weight.data_ptr() == large
+    vectors = [parameter for name, parameter in model.layers.named_parameters() if "bias" in name]
+    assert len({vector.untyped_storage().data_ptr() for vector in vectors}) == 1
+    assert vectors[0].untyped_storage().nbytes() <= BUFFER_BYTES["cpu"]
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_loading_moments_and_steps_goes_on_bit_by_bit(path: Path) -> None:
+    """Moments are written through `tensors()` and parameters through the model, as a checkpoint does."""
+    names = [name for name, p in Mixed().named_parameters() if gradient_of(name, p, 2) is not None]
+
+    def run(model: nn.Module, optimizer: ShardedAdamW, steps: range) -> None:
+        for step in steps:
+            for name in names:
+                parameter = model.get_parameter(name)
+                parameter.grad = gradient_of(name, parameter, step)
+            optimizer.step(CONFIG.lr)
+
+    whole, first, second = Mixed(), Mixed(), Mixed()
+    optimizers = [ShardedAdamW(model, CONFIG, path=path) for model in (whole, first, second)]
+    run(whole, optimizers[0], range(1, 7))
+    run(first, optimizers[1], range(1, 4))
+    second.load_state_dict(first.state_dict())
+    for name, tensor in optimizers[2].tensors().items():
+        tensor.copy_(optimizers[1].tensors()[name])
+    optimizers[2].set_steps(3)
+    run(second, optimizers[2], range(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_a_strided_parameter_is_updated_where_it_belongs() -> None:
+    """torch's fused kernel ignores strides; a parameter that is a transposed view must not be scrambled."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.arange(300 * 200.0).view(200, 300).t())
+    expected = model.weight.detach().clone()
+    grad = torch.ones_like(expected).tril()
+    model.weight.grad = grad
+    ShardedAdamW(model, OptimConfig(weight_decay=0.0)).step(0.5)
+    torch.testing.assert_close(model.weight.detach(), expected - 0.5 * grad, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_sharded_models_compute_with_what_was_updated(world_size: int) -> None:
+    """FSDP gathers from the buffers: losses, norms and parameters are those of an unsharded model.
+
+    Five and seven rows over 2 and 4 ranks: shards are padded, and some ranks hold nothing of a tensor.
+    """
+    x = torch.sin(torch.arange(40.0)).view(8, 5)
+
+    def train(model: Any) -> tuple[list[float], list[int]]:
+        optimizer = ShardedAdamW(model, CONFIG)
+        losses, counts = [], []
+        for _ in range(STEPS):
+            loss = model(x)
+            loss.backward()
+            losses.append(loss.item())
+            counts.append(len(optimizer.gradients()))
+            optimizer.step(CONFIG.lr)
+        for name, tensor in optimizer.tensors().items():
+            assert tensor.shape == model.get_parameter(name.partition(".")[2]).shape
+        return losses, counts
+
+    plain = Mixed()
+    expected, _ = train(plain)
+
+    def on_rank() -> list[float]:
+        model: Any = Mixed()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(float(dist.get_world_size()))
+                module.set_force_sum_reduction_for_comms(True)
+        losses, _ = train(model)
+        rows = [local_of(layer.bias) for layer in model.layers if local_of(layer.bias).numel()]
+        assert len({row.untyped_storage().data_ptr() for row in rows}) <= 1, "FSDP moved a shard again"
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                parameter.full_tensor().detach(), plain.get_parameter(name).detach(), rtol=1e-4, atol=1e-5
+            )
+        return losses
+
+    for losses in run_ranks(world_size, on_rank):
+        assert losses == pytest.approx(expected, rel=1e-5)
