@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .config import Path
-from .dispatch import choose
+from .dispatch import at_least_fp32, choose
 from .flashmask.cpu import masked_attention
 from .flashmask.mask import ColumnMask, MaskError
 
@@ -61,7 +61,7 @@ def attention_reference(
     )
     lse = None
     if return_lse:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = at_least_fp32(q.dtype)
         scores = queries.to(wide) @ keys.to(wide).repeat_interleave(group, dim=1).transpose(-1, -2) * scale
         lse = torch.logsumexp(scores.masked_fill(~seen, -inf), -1)
     return out.transpose(1, 2), lse

@@ -91,7 +91,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "cross_entropy": Operator(
         what="output matrix with the loss behind it",
-        cpu=EVERY,
+        cpu=(*EVERY, torch.float64),
         cpu_why="gradients are computed chunk by chunk in the forward pass; the logits are never whole",
         triton=EVERY,
         triton_why="one pass over each chunk of logits makes its gradient in place",
@@ -130,9 +130,14 @@ def choose(operator: str, tensor: torch.Tensor, asked: Path = "auto") -> Choice:
             return Choice("triton", known.triton_why)
         if "cpu" in paths and dtype not in known.slower:
             return Choice("cpu", known.cpu_why)
-        return Choice("reference", f"no faster path for {dtype} on {device}")
+        return Choice("reference", f"no faster path for {str(dtype).removeprefix('torch.')} on {device}")
     if asked not in paths:
         raise KernelError(
             f'kernels.{operator} = "{asked}" computes no {dtype} on {device}; here it has: {", ".join(paths)}'
         )
     return Choice(asked, "asked for")
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and exponentials of data of `dtype` are in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .config import Path
-from .dispatch import choose
+from .dispatch import at_least_fp32, choose
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Gate = Callable[[torch.Tensor, torch.Tensor, Activation], torch.Tensor]
@@ -124,7 +124,7 @@ def _value(x: torch.Tensor, activation: Activation) -> torch.Tensor:
         return F.silu(x)
     if activation == "gelu":
         return F.gelu(x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 8 bits of x^2 would not do under an exponent
+    wide = x.to(at_least_fp32(x.dtype))  # 8 bits of x^2 would not do under an exponent
     return _tanh_sigmoid(wide, wide.square()).mul_(wide).to(x.dtype)
 
 
@@ -135,7 +135,7 @@ def _times_slope(grad: torch.Tensor, x: torch.Tensor, activation: Activation) ->
     elif activation == "gelu":
         torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
     else:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(at_least_fp32(x.dtype))
         square = wide.square()
         s = _tanh_sigmoid(wide, square)
         inner = square.mul_(3 * TANH_B).add_(TANH_A).mul_(wide)  # x times the derivative of the argument

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .dispatch import at_least_fp32
+
 # Scores at work at a time: 1 MB a tensor in fp32, so that three of them and their operands stay in cache.
 SCORES = 2**18
 
@@ -55,7 +57,7 @@ def attend_rows_backward(
     grad_gate = torch.ops.aten.sigmoid_backward(attended * grad, opened)
     grad = opened.mul_(grad)
     grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = at_least_fp32(q.dtype)
     grad_pair = (
         torch.zeros(pair.shape, dtype=wide, device=q.device) if pair is not None and need_pair else None
     )

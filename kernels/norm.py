@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .config import Path
-from .dispatch import KernelError, choose
+from .dispatch import KernelError, at_least_fp32, choose
 
 Maybe = torch.Tensor | None
 # (x, residual, weight, bias, eps) -> (normed, sum or None, mean or None, rstd); without a bias it is RMSNorm
@@ -158,11 +158,6 @@ class _Norm(torch.autograd.Function):
             found = (grad_x, grad_x, grad_weight, grad_bias)
         wanted = zip(found, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return *(g.to(dtype) if g is not None and needed else None for g, dtype, needed in wanted), None, None
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def result_dtype(x_dtype: torch.dtype, weight: torch.Tensor, bias: Maybe) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .config import Path
-from .dispatch import KernelError, choose
+from .dispatch import KernelError, at_least_fp32, choose
 from .dropout import Dropout, draw, make_dropout, mask_reference
 
 Maybe = torch.Tensor | None
@@ -25,7 +25,7 @@ def bias_dropout_residual_reference(
 ) -> torch.Tensor:
     """residual + mask * scale * gate * (x + bias), in fp32 at least; [..., D]."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = at_least_fp32(dtype)
     found = x.to(wide)
     if bias is not None:
         found = found + bias.to(wide)
@@ -113,7 +113,7 @@ def cpu_forward(
 ) -> torch.Tensor:
     """See `Passes`."""
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    wide = torch.promote_types(out.dtype, torch.float32)
+    wide = at_least_fp32(out.dtype)
     bias = None if bias is None else bias.to(wide)
     for part, factor, base, target, mask in _stretches(dropout, wide, x, gate, residual, out):
         part, base = part.to(wide), base.to(wide)
@@ -135,7 +135,7 @@ def cpu_backward(
     grad: torch.Tensor, x: Maybe, bias: Maybe, gate: Maybe, dropout: Dropout, bias_wanted: bool
 ) -> tuple[torch.Tensor, Maybe, Maybe]:
     """See `Passes`."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    wide = at_least_fp32(grad.dtype)
     grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     grad_gate = None if gate is None else torch.empty_like(grad_x)
     grad_bias = torch.zeros(grad.shape[-1], dtype=wide, device=grad.device) if bias_wanted else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .config import Path
-from .dispatch import choose
+from .dispatch import at_least_fp32, choose
 
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -36,7 +36,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.
 
 def rotate_reference(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x[i], x[i + P / 2]) by their angles, at least in fp32: [B, S, H, P], x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_fp32(x.dtype)
     first, second = x.to(wide).chunk(2, dim=-1)
     cos, sin = turns.real.contiguous(), turns.imag.contiguous()  # strided, they would take half as long again
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
@@ -90,7 +90,7 @@ def turn_stretches(x: torch.Tensor, out: torch.Tensor, turns: torch.Tensor) -> N
     x, out = _heads(x, turns), _heads(out, turns)
     batch, _, heads, head_dim = x.shape
     length = max(1, STRETCH // max(1, batch * heads * head_dim))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_fp32(x.dtype)
     for source, target, part in zip(*(t.split(length, 1) for t in (x, out, turns)), strict=True):
         cos, sin = part.real.to(wide).contiguous(), part.imag.to(wide).contiguous()
         numbers = source.to(wide)
