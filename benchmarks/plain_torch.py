@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rayfold.kernels.config import KernelsConfig
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaConfig
 from rayfold.models.registry import llama_shape
@@ -42,7 +43,8 @@ def main() -> None:
 
     torch.manual_seed(config.run.seed)
     assert isinstance(config.model, LlamaConfig)
-    model = Llama(llama_shape(config.model, tokenizer.vocab_size))
+    plain = KernelsConfig(default="reference")
+    model = Llama(llama_shape(config.model, tokenizer.vocab_size), plain)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
     mesh = init_device_mesh("cpu", (world_size,))

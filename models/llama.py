@@ -6,10 +6,17 @@ D model, H query heads, K key/value heads, P head size, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.attention import document_attention, document_runs
+from ..kernels.attention import flashmask_attention
+from ..kernels.config import AUTO, KernelsConfig
+from ..kernels.cross_entropy import linear_cross_entropy
+from ..kernels.flashmask.kinds import packed
+from ..kernels.flashmask.mask import ColumnMask
+from ..kernels.gate import swiglu
+from ..kernels.linear import linear
+from ..kernels.norm import add_rms_norm, rms_norm
+from ..kernels.rope import rotary_table, rotate
 from ..parallel.initial import Constant, Initial, Normal
 from .llama_config import LlamaShape
 
@@ -19,106 +26,123 @@ EMBEDDING_STD = 0.02
 class RMSNorm(nn.Module):
     """Scale each vector to unit root-mean-square, computed in fp32: [..., D] -> [..., D], x's dtype."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, kernels: KernelsConfig) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self._path = kernels.of("norm")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        return rms_norm(x, self.weight, eps=self.eps, path=self._path)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + residual, x + residual), in one pass over both."""
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, path=self._path)
 
 
-def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    """Each position's turns, cos + i sin: positions [B, S] -> complex64 [B, S, 1, P / 2].
+class Linear(nn.Linear):
+    """Matrix product without a bias: [..., K] -> [..., N]."""
 
-    RoFormer, arXiv 2104.09864. Complex, because mixed precision casts every real tensor that a block is
-    given, and bf16 keeps too few bits of an angle.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta**-exponents
-    return torch.complex(angles.cos(), angles.sin()).unsqueeze(2)
+    def __init__(self, width_in: int, width_out: int, kernels: KernelsConfig) -> None:
+        super().__init__(width_in, width_out, bias=False)
+        self._path = kernels.of("linear")
 
-
-def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + P / 2]) by their angles, computed in fp32: [B, S, H, P], x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = turns.real.contiguous(), turns.imag.contiguous()  # strided, they would take half as long again
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        return linear(x, self.weight, self._path)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention inside documents: [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, kernels: KernelsConfig) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.q = nn.Linear(shape.dim, shape.heads * shape.head_dim, bias=False)
-        self.k = nn.Linear(shape.dim, shape.kv_heads * shape.head_dim, bias=False)
-        self.v = nn.Linear(shape.dim, shape.kv_heads * shape.head_dim, bias=False)
-        self.o = nn.Linear(shape.heads * shape.head_dim, shape.dim, bias=False)
+        self.q = Linear(shape.dim, shape.heads * shape.head_dim, kernels)
+        self.k = Linear(shape.dim, shape.kv_heads * shape.head_dim, kernels)
+        self.v = Linear(shape.dim, shape.kv_heads * shape.head_dim, kernels)
+        self.o = Linear(shape.heads * shape.head_dim, shape.dim, kernels)
+        self._kernels = kernels
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]; `runs` are the documents (`kernels.attention.document_runs`)."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
-        out = document_attention(rotate(q, turns), rotate(k, turns), v, runs)
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, mask: ColumnMask) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]; `turns` are the rotary table of the positions."""
+        rope = self._kernels.of("rope")
+        flat = (rotate(self.q(x), turns, path=rope), rotate(self.k(x), turns, path=rope), self.v(x))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in flat)
+        out = flashmask_attention(q, k, v, mask, path=self._kernels.of("attention"))
         return self.o(out.flatten(2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): [..., D] -> [..., D]."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
-        self.up = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
-        self.down = nn.Linear(shape.ffn_dim, shape.dim, bias=False)
+        self.gate = Linear(shape.dim, shape.ffn_dim, kernels)
+        self.up = Linear(shape.dim, shape.ffn_dim, kernels)
+        self.down = Linear(shape.ffn_dim, shape.dim, kernels)
+        self._path = kernels.of("gate")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x), path=self._path))
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and added to the residual stream."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
-        self.attention = Attention(shape)
-        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps)
-        self.ffn = FeedForward(shape)
+        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, kernels)
+        self.attention = Attention(shape, kernels)
+        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, kernels)
+        self.ffn = FeedForward(shape, kernels)
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, mask: ColumnMask) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), turns, runs)
-        return x + self.ffn(self.ffn_norm(x))
+        attended = self.attention(self.attention_norm(x), turns, mask)
+        normed, x = self.ffn_norm.after_adding(attended, x)
+        return x + self.ffn(normed)
 
 
 class Llama(nn.Module):
-    """The whole model: tokens [B, S] -> logits [B, S, V]."""
+    """The whole model: tokens [B, S] -> logits [B, S, V], or the sum of losses."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    computes_loss = True
+
+    def __init__(self, shape: LlamaShape, kernels: KernelsConfig = AUTO) -> None:
         super().__init__()
         self.shape = shape
+        self._kernels = kernels
         self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = RMSNorm(shape.dim, shape.norm_eps)
-        self.head = None if shape.tied_embeddings else nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(Block(shape, kernels) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.dim, shape.norm_eps, kernels)
+        self.head = None if shape.tied_embeddings else Linear(shape.dim, shape.vocab_size, kernels)
 
     def forward(
-        self, tokens: torch.Tensor, *, positions: torch.Tensor, document_ids: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        document_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens, positions, document_ids: [B, S] -> logits [B, S, V] in the compute dtype."""
-        runs = document_runs(document_ids)
+        """tokens, positions, document_ids: [B, S] -> logits [B, S, V] in the compute dtype.
+
+        With `labels` [B, S] the sum of the losses of all labels that are not -100 instead, fp32: the logits
+        are then never in memory as a whole.
+        """
+        mask = packed(document_ids)
         turns = rotary_table(positions, self.shape.head_dim, self.shape.rope_theta)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, turns, runs)
+            x = block(x, turns, mask)
         x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if labels is None:
+            return linear(x, weight, self._kernels.of("linear"))
+        return linear_cross_entropy(x, weight, labels, path=self._kernels.of("cross_entropy"))[0]
 
     def initial(self, name: str) -> Initial:
         """How the parameter `name` starts: matrices keep the variance of their input, outputs shrink with

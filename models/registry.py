@@ -1,10 +1,10 @@
 """From the `[model]` section to a module, for the built-in family and for a user's own factory.
 
-A factory is called as `factory(vocab_size=..., **fields)` with the keys of the section, and returns a module
-with `forward(tokens, *, positions, document_ids) -> logits [B, S, V]` (all inputs [B, S]). Members of its
-`nn.ModuleList`s are the units that are sharded and recomputed. A module may say how its parameters start with
-`initial(name)` (see `parallel/initial.py`); without it, the numbers its constructor draws are used, the same
-on every rank.
+A factory is called as `factory(vocab_size=..., **fields)` (and `kernels=...` where it takes that) with the
+keys of the section, and returns a module with `forward(tokens, *, positions, document_ids) -> logits [B, S,
+V]` (all inputs [B, S]). Members of its `nn.ModuleList`s are the units that are sharded and recomputed. A
+module may say how its parameters start with `initial(name)` (see `parallel/initial.py`); without it, the
+numbers its constructor draws are used, the same on every rank.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..kernels.config import AUTO, KernelsConfig
 from .llama import Llama
 from .llama_config import LlamaConfig, LlamaShape
 
@@ -58,17 +59,32 @@ def load_factory(name: str, fields: Mapping[str, Any]) -> Callable[..., nn.Modul
             f'model.family = "{name}": {module_name} has no {attribute}; it has {", ".join(public)}'
         ) from None
     try:
-        inspect.signature(factory).bind(vocab_size=0, **fields)
+        inspect.signature(factory).bind(vocab_size=0, **_asked_for(factory, KernelsConfig()), **fields)
     except TypeError as error:
         if not callable(factory):
             raise ModelError(f'model.family = "{name}": {attribute} is no function or class') from None
-        takes = ", ".join(p for p in inspect.signature(factory).parameters if p != "vocab_size")
+        own = ("vocab_size", "kernels")
+        takes = ", ".join(p for p in inspect.signature(factory).parameters if p not in own)
         raise ModelError(f'model.family = "{name}": {error}; beside vocab_size it takes: {takes}') from None
     return factory
 
 
-def build_model(family: str, config: LlamaConfig | Mapping[str, Any], *, vocab_size: int) -> nn.Module:
-    """Build the module on the current default device; a Llama's parameters are left to `initial`."""
+def build_model(
+    family: str,
+    config: LlamaConfig | Mapping[str, Any],
+    *,
+    vocab_size: int,
+    kernels: KernelsConfig = AUTO,
+) -> nn.Module:
+    """Build the module on the current default device; a Llama's parameters are left to `initial`.
+
+    A user's own factory is given `kernels` where it takes an argument of that name.
+    """
     if isinstance(config, LlamaConfig):
-        return Llama(llama_shape(config, vocab_size))
-    return load_factory(family, config)(vocab_size=vocab_size, **config)
+        return Llama(llama_shape(config, vocab_size), kernels)
+    factory = load_factory(family, config)
+    return factory(vocab_size=vocab_size, **_asked_for(factory, kernels), **config)
+
+
+def _asked_for(factory: Callable[..., nn.Module], kernels: KernelsConfig) -> dict[str, KernelsConfig]:
+    return {"kernels": kernels} if "kernels" in inspect.signature(factory).parameters else {}

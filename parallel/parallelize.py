@@ -1,4 +1,4 @@
-"""The only place that knows in which order a model is recomputed, sharded and started."""
+"""The only place that knows in which order a model is compiled, recomputed, sharded and started."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -19,6 +19,7 @@ def parallelize(
     seed: int,
     compute: Literal["fp32", "bf16"] = "fp32",
     recompute: Literal["none", "selective", "full"] = "none",
+    compiled: bool = False,
 ) -> nn.Module:
     """Build a model, lay it out over `mesh` and start its parameters, the same under every layout.
 
@@ -26,6 +27,10 @@ def parallelize(
     and filled shard by shard; any other is built whole on each rank from the same seed.
     """
     model, in_memory = build_module(build, seed=seed)
+    if compiled:
+        # the body alone: FSDP's hooks would break the graph, and recompute repeats it as a whole
+        for block in blocks_of(model):
+            block.forward = torch.compile(block.forward)
     apply_recompute(blocks_of(model), recompute)
     if in_memory:
         model.to(mesh.device)

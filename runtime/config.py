@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
+from ..kernels.config import KernelsConfig
 from ..models.llama_config import LlamaConfig
 from ..parallel.layout import ParallelConfig
 from .data.config import DataConfig
@@ -56,6 +57,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
@@ -73,6 +75,8 @@ class RunConfig:
         }
 
 
+SHORT = {"kernels": "default"}  # sections that may be one value: `kernels = "reference"`
+
 SECTIONS: dict[str, type] = {
     "run": RunSection,
     "model": LlamaConfig,
@@ -81,6 +85,7 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "precision": PrecisionConfig,
     "parallel": ParallelConfig,
+    "kernels": KernelsConfig,
     "checkpoint": CheckpointConfig,
 }
 
@@ -146,6 +151,8 @@ def read_settings(path: Path | None, overrides: Iterable[str] = ()) -> Settings:
     problems: list[str] = []
     if path is not None:
         for section, keys in _read_toml(path).items():
+            if not isinstance(keys, Mapping) and section in SHORT:
+                keys = {SHORT[section]: keys}
             if not isinstance(keys, Mapping):
                 problems.append(
                     f"{path}: {section}: stands outside any section; move it under {_owners(section)}"
@@ -237,7 +244,8 @@ def _owners(key: str) -> str:
 def _apply_override(text: str, values: dict[str, dict[str, Any]], source: dict[str, str]) -> str | None:
     """Put one `section.key=value` into `values`; returns what is wrong with it, if anything."""
     path, equals, raw = text.partition("=")
-    section, dot, key = path.strip().partition(".")
+    path = path.strip()
+    section, dot, key = f"{path}.{SHORT[path]}".partition(".") if path in SHORT else path.partition(".")
     if not (equals and dot and key):
         return f'"{text}": an override reads section.key=value, as in optim.lr=1e-3'
     try:

@@ -56,7 +56,7 @@ def estimate_memory(plan: RunPlan) -> RankMemory:
     vocab_size = resolve_tokenizer(config.data).vocab_size
     batch = _pretended_batch(config.batch.micro(layout.dp_size), config.data.seq_len)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config.model.family, fields, vocab_size=vocab_size)
+        model = build_model(config.model.family, fields, vocab_size=vocab_size, kernels=config.kernels)
         if config.precision.compute == "bf16":
             _cast(model, torch.bfloat16)
         blocks = blocks_of(model)
@@ -99,11 +99,14 @@ def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> l
         return tensor
 
     blocks = [] if recompute == "none" else blocks_of(model)
-    handles = [
-        block.register_forward_pre_hook(lambda _, inputs: _keep_inputs(keep, inputs)) for block in blocks
-    ]
-    watch = _KeptResults(keep) if recompute == "selective" else nullcontext()
-    with watch, saved_tensors_hooks(keep, lambda tensor: tensor):
+    watch = _KeptResults(keep)
+    handles = []
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(lambda _, inputs: _keep_inputs(keep, inputs)))
+        if recompute == "selective":
+            handles.append(block.register_forward_pre_hook(lambda *_: watch.inside(True)))
+            handles.append(block.register_forward_hook(lambda *_: watch.inside(False)))
+    with watch if blocks else nullcontext(), saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = token_loss(model, batch)
     for handle in handles:
         handle.remove()
@@ -112,15 +115,20 @@ def saved_bytes(model: nn.Module, batch: Batch, *, recompute: str = "none") -> l
 
 
 class _KeptResults(TorchDispatchMode):
-    """Sees the results that selective recompute keeps, which autograd's hooks do not."""
+    """Sees the results that selective recompute keeps inside a block, which autograd's hooks do not."""
 
     def __init__(self, keep: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
         self._keep = keep
+        self._inside = False
+
+    def inside(self, inside: bool) -> None:
+        """Whether a block is being computed: only its results are kept."""
+        self._inside = inside
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        if op in KEPT:
+        if self._inside and op in KEPT:
             for value in result if isinstance(result, tuple) else (result,):
                 if isinstance(value, torch.Tensor):
                     self._keep(value)

@@ -2,6 +2,7 @@
 checked.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from ..parallel.layout import Layout, LayoutError, make_layout
 from .config import ConfigError, RunConfig, Settings
 
+CPU_COMPILERS = ("g++", "clang++", "c++")  # what torch's inductor looks for
 MOST_AUTO_CPU_WORKERS = 8  # more ranks on one machine's cores only wait for each other
 
 
@@ -48,6 +50,13 @@ def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, li
     problems = list(_disagreements(config))
     if device == "cuda" and not gpus:
         problems.append(("run.device", 'is "cuda", but no GPU is there; set run.device="cpu" or "auto"'))
+    problems += [(f"kernels.{key}", message) for key, message in config.kernels.problems_on(device)]
+    if config.kernels.compile and device == "cpu" and not any(map(shutil.which, CPU_COMPILERS)):
+        wanted = " or ".join(CPU_COMPILERS)
+        message = (
+            f"is true, and torch.compile on the CPU needs {wanted}; install one, or set kernels.compile=false"
+        )
+        problems.append(("kernels.compile", message))
     try:
         layout = make_layout(config.parallel, world_size=world_size)
     except LayoutError as error:
@@ -60,6 +69,12 @@ def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, li
 
 def _disagreements(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Keys of different sections that do not fit together."""
+    if config.kernels.compile and config.parallel.recompute == "selective":
+        yield (
+            "kernels.compile",
+            'is true, and parallel.recompute = "selective" cannot choose what to keep in a compiled block; '
+            'set parallel.recompute="full" or "none"',
+        )
     if config.run.eval_every and not config.data.val_fraction:
         yield (
             "run.eval_every",

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..kernels.adamw import square_sum
+from ..kernels.config import Path
 from ..parallel.collectives import sum_over
 from ..parallel.mesh import FoldedMesh
 from .data.loader import Batch
@@ -50,7 +52,10 @@ class StepResult:
 
 def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Sum of the cross-entropy of all valid tokens of a micro-batch, in fp32: a scalar."""
-    logits = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+    where = {"positions": batch.positions, "document_ids": batch.document_ids}
+    if getattr(model, "computes_loss", False):
+        return model(batch.tokens, **where, labels=batch.labels)
+    logits = model(batch.tokens, **where)
     return F.cross_entropy(
         logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum", ignore_index=IGNORED
     )
@@ -80,7 +85,7 @@ def train_step(
         (loss / counts[0].clamp(min=1)).backward()
         loss_sum += loss.detach()
     grads = optimizer.gradients()
-    sums = torch.stack([loss_sum, _square_sum(grads, mesh)])
+    sums = torch.stack([loss_sum, _square_sum(grads, mesh, optimizer.path)])
     started = time.perf_counter()
     sum_over(sums, mesh.data)
     waited += time.perf_counter() - started
@@ -128,14 +133,13 @@ def _valid_tokens(microbatches: Sequence[Batch]) -> int:
     return sum(int((batch.labels != IGNORED).sum()) for batch in microbatches)
 
 
-def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh) -> torch.Tensor:
+def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh, path: Path) -> torch.Tensor:
     """This rank's part of the squared global norm, in fp64; replicas hold equal shards, so each gives its
     part.
     """
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=mesh.device)
-    norms = torch.stack(torch._foreach_norm(grads)).double()
-    return norms.square().sum() / mesh.layout.dp_replicate
+    return square_sum(grads, path) / mesh.layout.dp_replicate
 
 
 def _reduce_when_last(model: nn.Module, mesh: FoldedMesh, *, last: bool) -> None:

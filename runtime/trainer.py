@@ -97,7 +97,7 @@ class Trainer:
             try:
                 status = self._train(mesh, corpus, state, checkpointer)
             except (NonFiniteLoss, NonFinitePeer):
-                # raised by all ranks at one step, so the save of a good step that is still being written can end
+                # raised by all ranks at one step, so a good step that is still being written can be finished
                 self._finish_save(checkpointer)
                 raise
         self.phase = "writing the last checkpoint"
@@ -195,7 +195,7 @@ class Trainer:
         config = self._config
         fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
         build: Callable[[], nn.Module] = lambda: build_model(  # noqa: E731 (called by parallelize)
-            config.model.family, fields, vocab_size=corpus.tokenizer.vocab_size
+            config.model.family, fields, vocab_size=corpus.tokenizer.vocab_size, kernels=config.kernels
         )
         model = parallelize(
             build,
@@ -203,8 +203,10 @@ class Trainer:
             seed=config.run.seed,
             compute=config.precision.compute,
             recompute=config.parallel.recompute,
+            compiled=config.kernels.compile,
         )
-        return TrainState(model, ShardedAdamW(model, config.optim), Progress())
+        optimizer = ShardedAdamW(model, config.optim, path=config.kernels.of("adamw"))
+        return TrainState(model, optimizer, Progress())
 
     def _make_checkpointer(self, mesh: FoldedMesh) -> Checkpointer:
         config = self._config

@@ -36,11 +36,21 @@ class DataConfig:
         Literal["documents", "none"],
         "documents fills every sample with as many documents as it takes; none gives each document its own.",
     ] = "documents"
+    anchor: Annotated[
+        bool,
+        "Put one end token before each sample that every document in it sees, with positions that run "
+        "through the sample (AnchorAttention, arXiv 2411.13476).",
+    ] = False
     shuffle: Annotated[bool, "Whether every epoch has its own order; false reads in file order."] = True
     shuffle_blocks: Annotated[int, "How many blocks are mixed with each other at a time.", "blocks"] = 8
     block_bytes: Annotated[int, "How much text is read and decoded at a time.", "bytes"] = 4 * 1024 * 1024
     val_fraction: Annotated[float, "Share of the documents held out, chosen by a hash of their text."] = 0.0
     prefetch: Annotated[int, "How far the reader runs ahead of training.", "steps"] = 2
+
+    @property
+    def text_len(self) -> int:
+        """Tokens of text in a sample: all, or all behind the anchor."""
+        return self.seq_len - self.anchor
 
     def problems(self) -> list[Problem]:
         """Every impossible value as (key, message); an empty list when all is well."""
@@ -110,6 +120,8 @@ def _number_problems(config: DataConfig) -> Iterator[Problem]:
         ("block_bytes", SMALLEST_BLOCK, 4194304, "smaller blocks cost more to find than to read"),
         ("prefetch", 1, 2, "the reader has to be at least one step ahead"),
     )
+    if config.anchor and config.seq_len == 1:
+        yield "seq_len", "data.seq_len = 1 is all anchor and no text. Set data.seq_len = 256."
     for key, least, good, why in limits:
         value = getattr(config, key)
         if value < least:

@@ -16,7 +16,7 @@ from .config import DataConfig
 from .index import Index
 from .mixture import Mixture
 from .order import EpochOrder, order_key
-from .packing import Arranged, Sample, empty_sample
+from .packing import Arranged, Sample, empty_sample, write_anchor
 from .scan import BlockCount
 from .tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ class Dataset:
 
     def __init__(self, config: DataConfig, index: Index, tokenizer: Tokenizer, seed: int) -> None:
         self.seq_len = config.seq_len
+        self._text_len = config.text_len
         self.end_id = tokenizer.end_id
         weights = index.settings["weights"]
         self._mixture = Mixture(weights)
@@ -45,8 +46,8 @@ class Dataset:
         """The training sample at a global cursor, which counts on through all epochs; written into `into`."""
         source, local = self._mixture.locate(cursor)
         into = into or empty_sample(self.seq_len)
-        self._sources[source].sample(local, into)
-        return into
+        self._sources[source].sample(local, self._text_of(into))
+        return self._anchored(into)
 
     def epoch(self, cursor: int) -> float:
         """How many times the first source was read before `cursor`, with the fraction."""
@@ -60,15 +61,24 @@ class Dataset:
         if held is None or held[0] != block:
             arranged = Arranged(
                 self._val.get(block),
-                seq_len=self.seq_len,
+                seq_len=self._text_len,
                 packing=self._packing,
                 end_id=self.end_id,
                 key=None,
             )
             held = self._val_arranged = (block, arranged)
         into = into or empty_sample(self.seq_len)
-        held[1].sample(number - int(self._val_starts[block]), into)
-        return into
+        held[1].sample(number - int(self._val_starts[block]), self._text_of(into))
+        return self._anchored(into)
+
+    def _text_of(self, sample: Sample) -> Sample:
+        """The part of a sample that text is written into."""
+        return sample if self._text_len == self.seq_len else sample.behind(self.seq_len - self._text_len)
+
+    def _anchored(self, sample: Sample) -> Sample:
+        if self._text_len < self.seq_len:
+            write_anchor(sample, self.end_id)
+        return sample
 
     def read_ahead(self, cursor: int) -> bool:
         """Load one block that will be needed after the window of `cursor`; False when all are there."""
@@ -148,7 +158,7 @@ class _Source:
         if found is None:
             found = Arranged(
                 self._cache.get(block),
-                seq_len=self._config.seq_len,
+                seq_len=self._config.text_len,
                 packing=self._config.packing,
                 end_id=self._end_id,
                 key=self._key(epoch, "block", block) if self._config.shuffle else None,

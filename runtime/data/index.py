@@ -126,6 +126,7 @@ def index_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "column",
         "seq_len",
         "packing",
+        "anchor",
         "shuffle",
         "shuffle_blocks",
         "block_bytes",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .order import order_key, permute
 from .ragged import Ragged, offsets_of
 
+ANCHOR_ID = -1  # the document id of a token that every document behind it sees
 IGNORED = -100  # the label of a position that predicts nothing; the value torch's cross entropy leaves out
 
 Int64s = npt.NDArray[np.int64]
@@ -24,7 +25,7 @@ class Sample:
 
     `labels` is the next token of the same document, or -100 after its last.
     `positions` count from 0 at the start of every piece of a document, `document_ids` number the pieces;
-    padding at the end is a piece of its own without labels.
+    padding at the end is a piece of its own without labels. An anchor has the document id -1.
     """
 
     tokens: Int64s
@@ -39,6 +40,15 @@ class Sample:
             labels=self.labels[number],
             positions=self.positions[number],
             document_ids=self.document_ids[number],
+        )
+
+    def behind(self, first: int) -> "Sample":
+        """The positions from `first` on of arrays [S], as views."""
+        return Sample(
+            tokens=self.tokens[first:],
+            labels=self.labels[first:],
+            positions=self.positions[first:],
+            document_ids=self.document_ids[first:],
         )
 
 
@@ -140,6 +150,14 @@ def empty_sample(*shape: int) -> Sample:
         positions=np.empty(shape, dtype=np.int64),
         document_ids=np.empty(shape, dtype=np.int32),
     )
+
+
+def write_anchor(into: Sample, end_id: int) -> None:
+    """Put an anchor at position 0 of arrays [S], and let positions run through all documents."""
+    into.tokens[0] = end_id
+    into.labels[0] = IGNORED
+    into.document_ids[0] = ANCHOR_ID
+    into.positions[:] = np.arange(len(into.positions))
 
 
 def write_padding(into: Sample, end_id: int) -> None:

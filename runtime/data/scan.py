@@ -128,7 +128,7 @@ def _split_count(
 ) -> SplitCount:
     tokens = int(lengths.sum())
     packed = config.packing == "documents"
-    samples = -(-tokens // config.seq_len) if packed else int((-(-lengths // config.seq_len)).sum())
+    samples = -(-tokens // config.text_len) if packed else int((-(-lengths // config.text_len)).sum())
     return SplitCount(
         samples=samples, documents=len(lengths), tokens=tokens, text_bytes=int(text_bytes.sum())
     )

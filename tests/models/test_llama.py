@@ -15,8 +15,9 @@ from harness import run_ranks
 from torch.distributed.tensor import DTensor
 from training import train_on_ranks, write_corpus
 
+from rayfold.kernels.rope import rotary_table, rotate
 from rayfold.models import llama as llama_module
-from rayfold.models.llama import Llama, rotary_table, rotate
+from rayfold.models.llama import Llama
 from rayfold.models.llama_config import PRESETS, LlamaConfig, LlamaShape, shape_from_hf, shape_to_hf
 from rayfold.models.registry import ModelError, build_model, llama_shape, load_factory
 from rayfold.parallel.initial import Constant, fill
@@ -246,9 +247,9 @@ def test_the_model_in_bf16_uses_fp32_tables(monkeypatch: pytest.MonkeyPatch) -> 
     seen: list[torch.dtype] = []
     real = llama_module.rotate
 
-    def watched(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def watched(x: torch.Tensor, turns: torch.Tensor, **path: Any) -> torch.Tensor:
         seen.extend((x.dtype, turns.dtype))
-        return real(x, turns)
+        return real(x, turns, **path)
 
     monkeypatch.setattr(llama_module, "rotate", watched)
 

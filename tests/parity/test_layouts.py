@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
+from rayfold.kernels.config import KernelsConfig
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaShape
 from rayfold.parallel.initial import fill
@@ -42,13 +43,16 @@ FP32_TOLERANCE = 1e-5
 # are added up in fp32: the first gradients agree as fp32 does. Parameters that then differ in their last fp32
 # bit round to different bf16 neighbours now and then; each such weight is off by up to 2^-8.
 BF16_TOLERANCE = 2.0**-8
-# AdamW's first updates are lr * sign(gradient), whatever the gradient's size: an element that is nothing but
-# rounding moves by lr in either direction. In bf16 that has to stay small beside a weight (0.02), or every
-# flipped sign feeds the next rounding.
+# AdamW's first updates are lr * g / (|g| + eps). With the usual eps = 1e-8 that is lr * sign(g), and an
+# element that is nothing but rounding moves by lr in either direction: measured against fp64, a plain fp32
+# loop is then off by 1.6e-5 in the fourth step. An eps of the size of the gradients (0.01) makes an update as
+# exact as its gradient, 2e-6 after four steps, so the tolerance speaks of the layout. In bf16 updates also
+# stay small beside a weight (0.02), or each rounding feeds the next.
+EPS = 1e-2
 BF16_LR = 1e-3
 
 SEED, STEPS, ROWS, SEQ_LEN, VOCAB = 7, 4, 8, 19, 97
-OPTIM = OptimConfig(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+OPTIM = OptimConfig(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, eps=EPS)
 CLIP_NORM = 0.5
 LAYOUTS = [Layout(dp_replicate=r, dp_shard=s) for r, s in ((1, 1), (1, 2), (2, 1), (1, 4), (4, 1), (2, 2))]
 # odd sizes, so that every shard of 2 and of 4 ranks is uneven
@@ -103,7 +107,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 
 def plain_run(shape: LlamaShape) -> Trace:
     """The reference: one process, the whole batch at once, nothing of the runtime but the model."""
-    model = Llama(shape)
+    model = Llama(shape, KernelsConfig(default="reference"))
     for name, parameter in model.named_parameters():
         fill(parameter, model.initial(name), seed=SEED, name=name)
     matrices = [p for p in model.parameters() if p.ndim >= 2]

@@ -128,6 +128,9 @@ IMPOSSIBLE = {
     "parallel.dp_replicate=0": ["0", "use 1"],
     "parallel.dp_shard=0": ["0", "use -1"],
     **{f"parallel.{axis}=2": ["2", "use 1"] for axis in ("tp", "cp", "pp", "ep", "etp", "bp", "dap")},
+    # kernels
+    "kernels.linear=triton": ["triton", '"reference"'],
+    "kernels.default=fast": ["fast", '"auto"'],
     # checkpoint
     "checkpoint.every=-1": ["-1", "0"],
     "checkpoint.keep=0": ["0", "at least 1"],

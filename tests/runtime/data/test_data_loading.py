@@ -18,7 +18,7 @@ from rayfold.runtime.data.dataset import Dataset
 from rayfold.runtime.data.errors import DataError
 from rayfold.runtime.data.index import build_index
 from rayfold.runtime.data.loader import Batch, Loader, val_batches
-from rayfold.runtime.data.packing import IGNORED
+from rayfold.runtime.data.packing import ANCHOR_ID, IGNORED
 from rayfold.runtime.data.tokenizer import resolve_tokenizer
 
 SEQ_LEN = 32
@@ -125,6 +125,21 @@ def test_going_on_anywhere_equals_never_having_stopped(config: DataConfig) -> No
     for start in (0, n - 5, rng.randrange(2 * n)):
         found = torch.cat([batch.tokens for batch in steps(other, 3, cursor=start, dp_size=2)])
         assert np.array_equal(found.numpy(), np.stack(stream[start : start + 48]))
+
+
+def test_an_anchor_is_put_before_the_same_text(config: DataConfig) -> None:
+    """Samples one token longer hold the anchor and the text of those without it, held-out ones too."""
+    plain, anchored = open_dataset(config), open_dataset(replace(config, anchor=True, seq_len=SEQ_LEN + 1))
+    assert (anchored.num_train, anchored.num_val) == (plain.num_train, plain.num_val)
+    for with_anchor, without in (
+        *((anchored.sample(i), plain.sample(i)) for i in range(0, 700, 9)),
+        *((anchored.val_sample(i), plain.val_sample(i)) for i in range(plain.num_val)),
+    ):
+        assert with_anchor.tokens.tolist() == [plain.end_id, *without.tokens.tolist()]
+        assert with_anchor.labels.tolist() == [IGNORED, *without.labels.tolist()]
+        assert with_anchor.document_ids.tolist() == [ANCHOR_ID, *without.document_ids.tolist()]
+    plain.close()
+    anchored.close()
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfold.runtime.data.order import order_key, permute
-from rayfold.runtime.data.packing import IGNORED, Arranged, Sample, empty_sample
+from rayfold.runtime.data.packing import ANCHOR_ID, IGNORED, Arranged, Sample, empty_sample, write_anchor
 from rayfold.runtime.data.ragged import ragged_of
 
 END = 256
@@ -104,3 +104,17 @@ def test_only_the_last_sample_of_a_block_is_padded() -> None:
     total = int((lengths + 1).sum())
     assert len(samples) == -(-total // 256)
     assert total / (len(samples) * 256) > 0.99
+
+
+def test_an_anchor_stands_before_the_text_and_positions_run_through() -> None:
+    """Every document sees the anchor, so its place and theirs are counted in the sample."""
+    [plain] = pack([b"ab", b"cde"], 7, "documents")
+    anchored = empty_sample(8)
+    text = anchored.behind(1)
+    for name in ("tokens", "labels", "positions", "document_ids"):
+        getattr(text, name)[:] = getattr(plain, name)
+    write_anchor(anchored, END)
+    assert anchored.tokens.tolist() == [END, *plain.tokens.tolist()]
+    assert anchored.labels.tolist() == [IGNORED, *plain.labels.tolist()]
+    assert anchored.document_ids.tolist() == [ANCHOR_ID, *plain.document_ids.tolist()]
+    assert anchored.positions.tolist() == list(range(8))
