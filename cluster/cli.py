@@ -111,6 +111,23 @@ def config(as_json: AsJson = False) -> None:
     Console().print(_keys_table())
 
 
+@app.command()
+def kernels(
+    device: Annotated[str, typer.Option(help='Where to look: "auto", "cpu" or "cuda".')] = "auto",
+    threads: Annotated[
+        int, typer.Option(help="Threads of the CPU; a run with a rank a core gives each rank one.", min=1)
+    ] = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the operators of a step: the path each takes on this machine, why, and its time against plain
+    PyTorch.
+    """
+    from .kernels import survey
+
+    survey(device, threads=threads, as_json=as_json, quiet=quiet)
+
+
 @data_app.command("tokenize")
 def tokenize(
     source: Annotated[str, typer.Argument(help='File, folder, glob, or "stdlib".')],
