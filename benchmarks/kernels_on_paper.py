@@ -123,7 +123,7 @@ def on_paper(report: dict[str, Any]) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row a kernel, its three chips beside each other."""
-    chips = " | ".join(f"{CHIPS[arch].name}: registers, shared KiB, occupancy, bound" for arch in CHIPS)
+    chips = " | ".join(chip.name for chip in CHIPS.values())
     out = [f"| kernel | problem | GFLOP | MB | {chips} |", "|---|---|---|---|" + "---|" * len(CHIPS)]
     by_name: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for line in lines:

@@ -36,7 +36,7 @@ def flashmask_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose("attention", q, path).path
     if chosen == "cpu":
-        out, lse = masked_attention(q, k, v, mask.stacked, mask.plan, mask.causal, scale)
+        out, lse = masked_attention(q, k, v, mask.stacked, mask.plan, mask.causal, scale, return_lse)
     elif chosen == "triton":
         out, lse = _TritonAttention.apply(q, k, v, mask, scale)
     else:

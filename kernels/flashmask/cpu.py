@@ -105,20 +105,27 @@ def _hidden(step: Step, bounds: torch.Tensor, shift: int | None) -> _Hidden:
     return _Hidden(masks, blind if bool(blind.any()) else None)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, hidden: _Hidden) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled queries [G, R, D] and keys [C, D] -> (probabilities [G * R, C], log-sum-exp [G, R])."""
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, hidden: _Hidden, lse: torch.Tensor | None
+) -> torch.Tensor:
+    """Scaled queries [G, R, D] and keys [C, D] -> probabilities [G * R, C]; fills `lse` [G, R] if given."""
     scores = _matmul(q.flatten(0, 1), k.t()).view(*q.shape[:2], -1)
     for at, mask in hidden.masks:
         scores[..., at : at + mask.shape[1]].masked_fill_(mask, -inf)
     if hidden.blind is not None:
         scores.masked_fill_(hidden.blind, 0.0)  # any finite row: its probabilities are set to zero below
-    probabilities = torch.softmax(scores, -1)
-    # the largest probability is exp(largest score - log-sum-exp)
-    lse = scores.amax(-1) - probabilities.amax(-1).log_()
+    if lse is not None:
+        lse.copy_(scores.amax(-1))
+    probabilities = torch.softmax(
+        scores, -1, out=scores
+    )  # in place: two of them would not fit a core's cache
+    if lse is not None:
+        lse -= probabilities.amax(-1).log_()  # the largest probability is exp(largest score - log-sum-exp)
     if hidden.blind is not None:
         probabilities.masked_fill_(hidden.blind, 0.0)
-        lse.masked_fill_(hidden.blind[:, 0], -inf)
-    return probabilities.flatten(0, 1), lse
+        if lse is not None:
+            lse.masked_fill_(hidden.blind[:, 0], -inf)
+    return probabilities.flatten(0, 1)
 
 
 @torch.library.custom_op("rayfold::masked_attention", mutates_args=())
@@ -130,11 +137,15 @@ def masked_attention(
     plan: torch.Tensor,
     causal: bool,
     scale: float,
+    want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, Nq, H, D], k, v [B, Nk, Hk, D], bounds int32 [4, B, Hm, Nk] -> (out, lse fp32 [B, H, Nq])."""
+    """q [B, Nq, H, D], k, v [B, Nk, Hk, D], bounds int32 [4, B, Hm, Nk] -> out, lse fp32 [B, H, Nq].
+
+    The log-sum-exp is empty, [B, H, 0], where it is not wanted.
+    """
     work, narrow = _work_type(q), _product_type(q)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=work)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1] if want_lse else 0), -inf, dtype=work)
     keys, values = _heads_first(k, work), _heads_first(v, narrow)
     shift = k.shape[1] - q.shape[1] if causal else None
     for step in decode(plan):
@@ -145,10 +156,11 @@ def masked_attention(
         own_keys, own_values = _columns(keys, step), _columns(values, step)
         rows = slice(step.first, step.last)
         for heads in _heads_of(step.head, bounds.shape[2], q.shape[2], k.shape[2]):
-            probabilities, own_lse = _probabilities(queries[heads.query], own_keys[heads.key], hidden)
-            mixed = _matmul(probabilities.to(narrow), own_values[heads.key]).view(*own_lse.shape, -1)
+            own_q = queries[heads.query]
+            own_lse = lse[step.batch, heads.query, rows] if want_lse else None
+            probabilities = _probabilities(own_q, own_keys[heads.key], hidden, own_lse)
+            mixed = _matmul(probabilities.to(narrow), own_values[heads.key]).view(*own_q.shape[:2], -1)
             out[step.batch, rows, heads.query] = mixed.transpose(0, 1)
-            lse[step.batch, heads.query, rows] = own_lse
     return out, lse
 
 
@@ -161,8 +173,9 @@ def _(
     plan: torch.Tensor,
     causal: bool,
     scale: float,
+    want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_work_type(q))
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1] if want_lse else 0, dtype=_work_type(q))
     return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
@@ -194,10 +207,12 @@ def masked_attention_backward(
         rows = slice(step.first, step.last)
         for heads in _heads_of(step.head, bounds.shape[2], q.shape[2], k.shape[2]):
             own_q, grad = queries[heads.query], grads[heads.query].flatten(0, 1)
-            probabilities, _ = _probabilities(own_q, own_keys[heads.key], hidden)
+            probabilities = _probabilities(own_q, own_keys[heads.key], hidden, None)
             grad_p = _matmul(grad, own_values[heads.key].t()).to(work)
             # p * (grad_p - sum(p * grad_p)): zero wherever p is, so hidden scores and blind rows get none
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, work)
+            grad_s = torch.ops.aten._softmax_backward_data.out(
+                grad_p, probabilities, -1, work, grad_input=grad_p
+            )
             if grad_lse is not None:
                 own = grad_lse[step.batch, heads.query, rows].reshape(-1, 1)
                 grad_s.addcmul_(probabilities, own.to(work))
@@ -234,7 +249,7 @@ def _add(total: torch.Tensor, step: Step, head: int, part: torch.Tensor) -> None
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, bounds, plan, ctx.causal, ctx.scale = inputs
+    q, k, v, bounds, plan, ctx.causal, ctx.scale, ctx.want_lse = inputs
     ctx.save_for_backward(q, k, v, bounds, plan)
     ctx.set_materialize_grads(False)
 
@@ -243,8 +258,10 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, bounds, plan = ctx.saved_tensors
     if grad_out is None:
         grad_out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    if not ctx.want_lse:
+        grad_lse = None
     grads = masked_attention_backward(grad_out, grad_lse, q, k, v, bounds, plan, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 masked_attention.register_autograd(_backward, setup_context=_save)
