@@ -33,7 +33,7 @@ from rayfold.runtime.optim.config import OptimConfig
 
 S, HEADS, HEAD, MEAN_DOCUMENT = 8192, 8, 64, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# heads of 64 and a vocabulary of bytes, so that attention and the blocks are what is timed
+# a small model in which attention, blocks and loss all take their share
 SHAPE = LlamaShape(
     dim=512,
     layers=4,
@@ -255,7 +255,7 @@ def small_tensors(args: argparse.Namespace) -> Iterator[Line]:
 
 
 def model_step(kernels: KernelsConfig, dtype: torch.dtype) -> Callable[[], None]:
-    """A step of the main job's model on one rank: packed documents, forward, backward, update in fp32."""
+    """A step of the main job's model on one rank without its update: packed documents, forward, backward."""
     torch.manual_seed(0)
     model = Llama(SHAPE, kernels)
     for parameter in model.parameters():

@@ -99,6 +99,7 @@ def check_record(run_dir: Path, result: dict[str, object]) -> None:
         "optim",
         "precision",
         "parallel",
+        "kernels",
         "checkpoint",
     }
     metrics = lines(run_dir / "metrics.jsonl")
