@@ -47,7 +47,7 @@ EVERY = (*HALF, *WIDE)
 OPERATORS: dict[str, Operator] = {
     "linear": Operator(
         what="matrix product with a weight",
-        cpu=WIDE,
+        cpu=WIDE if torch.backends.mkldnn.is_available() else (),
         cpu_why="oneDNN multiplies fp32 on any AVX processor as fast as MKL does on Intel's alone",
         triton=(),
         triton_why="cuBLAS, behind torch's own product, is the fastest there",

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from .config import Path
 from .dispatch import choose
 
+# looked up once, for small products come by the thousand; torch without oneDNN has none
+ONEDNN_PRODUCT = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, path: Path = "auto") -> torch.Tensor:
     """x [..., K] times weight [N, K] transposed -> [..., N], in x's dtype."""
@@ -22,10 +25,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, path: Path = "auto") -> torch.
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [M, K] @ b [K, N] by oneDNN, fp32; either may be a transposed view."""
+    """a [M, K] @ b [K, N] by oneDNN where torch has it, fp32; either may be a transposed view."""
     if not (a.numel() and b.numel()):
         return a @ b  # oneDNN has no product of nothing
-    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b.t()), None, "none", [], "")
+    return dense_product(_dense(a), _dense(b))
+
+
+def dense_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`product` for those who know that neither is empty or has gaps between its rows or columns."""
+    if ONEDNN_PRODUCT is None:
+        return a @ b
+    return ONEDNN_PRODUCT(a, b.t(), None, "none", [], "")
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels.flashmask.cpu import masked_attention
+from ..kernels.linear import ONEDNN_PRODUCT
 
 # Results worth their memory: matrix products and attention cost more to compute again than to keep.
 KEPT = frozenset(
@@ -16,7 +17,7 @@ KEPT = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
-        torch.ops.mkldnn._linear_pointwise.default,
+        ONEDNN_PRODUCT,
         masked_attention._opoverload,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -18,7 +18,7 @@ from math import inf
 
 import torch
 
-from ..linear import product
+from ..linear import dense_product
 from .plan import Step, decode
 
 
@@ -53,7 +53,7 @@ def _product_type(q: torch.Tensor) -> torch.dtype:
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return product(a, b) if a.dtype == torch.float32 else a @ b
+    return dense_product(a, b) if a.dtype == torch.float32 else a @ b
 
 
 def _heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
