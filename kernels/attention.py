@@ -78,15 +78,19 @@ class _TritonAttention(torch.autograd.Function):
         out, lse = gpu.forward(q, k, v, *bounds, causal=mask.causal, scale=scale)
         ctx.save_for_backward(q, k, v, out, lse, *bounds)
         ctx.causal, ctx.scale = mask.causal, scale
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         from .gpu import attention as gpu
 
-        grads = gpu.backward(grad_out, *ctx.saved_tensors, causal=ctx.causal, scale=ctx.scale)
-        return *grads, None, None
+        if grad_out is None:
+            grad_out = torch.zeros_like(ctx.saved_tensors[3])
+        how: dict[str, Any] = {"causal": ctx.causal, "scale": ctx.scale, "grad_lse": grad_lse}
+        return *gpu.backward(grad_out, *ctx.saved_tensors, **how), None, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: ColumnMask) -> None:

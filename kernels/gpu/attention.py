@@ -122,9 +122,13 @@ def backward(
     *,
     causal: bool,
     scale: float,
+    grad_lse: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v from those of out; out and lse may be those of a softmax over more keys."""
+    """Gradients of q, k and v from those of out, and of lse if it has one [B, H, Nq].
+
+    out and lse may be those of a softmax over more keys.
+    """
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
     batch, rows, heads, _ = q.shape
@@ -142,6 +146,9 @@ def backward(
             attention_delta[(triton.cdiv(rows, DELTA.rows), heads, batch)](
                 out, grad_out, delta, rows, HEAD_V=v.shape[-1], PAD_V=_pad(v), BR=DELTA.rows, **_run(DELTA)
             )
+            if grad_lse is not None:
+                # the gradient of a score is p * (dP - delta + d lse); a row that sees nothing has no p
+                delta -= grad_lse.masked_fill(lse.isinf(), 0.0)
             attention_backward_rows[(triton.cdiv(rows, by_rows.rows), heads, batch)](
                 *inputs, dq, *row_mask, *_strides(q, k, v),
                 rows, columns, kv_heads, lts.shape[1], scale,

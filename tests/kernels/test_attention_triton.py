@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from rayfold.kernels.attention import _TritonAttention
 from rayfold.kernels.dispatch import KernelError
+from rayfold.kernels.flashmask import kinds
 from rayfold.kernels.gpu import attention
 from rayfold.kernels.gpu.tiles import ARCHITECTURES, Tile
 
@@ -178,6 +180,32 @@ def test_the_shipped_tile_and_unequal_heads_and_batches_work_too() -> None:
     lts, lte, uts, ute = (torch.cat([a, b]) for a, b in some if a is not None and b is not None)
     x, bounds = [q, k, v, grad_out], (lts, lte, uts, ute)
     assert_close(x, run(x, bounds, False, tile=None), hidden(bounds, False, 33, 2))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_log_sum_exp_has_a_gradient_too(both: bool) -> None:
+    """Whoever merges parts of a softmax goes through it; left out, it would be lost without a word.
+
+    The first ten rows see nothing. fp16 keeps 11 bits: weights, their gradients and the result are each
+    rounded to them once, and the sums over 40 rows add as much again.
+    """
+    mask = kinds.sparse_ranges(1, 40, [(0, 10)])
+    q, k, v, grad_out = inputs(40, 40, (2, 1), 16, FP16)
+    grad_lse = torch.randn(1, 2, 40, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for dtype in (FP16, torch.float64):
+        x = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        if dtype == FP16:
+            out, lse = _TritonAttention.apply(*x, mask, 0.3)
+        else:
+            out, lse = dense(*x, mask.dense().expand(1, 2, 40, 40), 0.3)
+        loss = (lse.where(lse.isfinite(), 0) * grad_lse).sum()
+        grads.append(
+            torch.autograd.grad(loss + both * (out * grad_out.to(dtype)).sum(), x, allow_unused=True)
+        )
+    for got, truth in zip(*grads, strict=True):
+        truth = torch.zeros_like(got, dtype=torch.float64) if truth is None else truth
+        assert float((got.double() - truth).abs().max()) <= 4 * 2.0**-11 * max(1.0, float(truth.abs().max()))
 
 
 def test_skipping_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
