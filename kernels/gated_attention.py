@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .config import Path
-from .dispatch import choose
+from .dispatch import KernelError, choose
 from .gated_attention_rows import attend_rows, attend_rows_backward
 from .linear import linear
 
@@ -55,7 +55,9 @@ def gated_attention(
     if mask_bias is not None and mask_bias.requires_grad:
         raise ValueError("mask_bias requires a gradient, but it is a mask: pass mask_bias.detach()")
     chosen = choose("gated_attention", q_data, path).path
-    if chosen == "triton" and weights.q.shape[-1] not in HEAD_DIMS:
+    if chosen == "triton" and (head_dim := weights.q.shape[-1]) not in HEAD_DIMS:
+        if path == "triton":
+            raise KernelError(f'heads of {head_dim} are not among the Triton path\'s {HEAD_DIMS}; use "auto"')
         chosen = "reference"
     empty = not (q_data.numel() and m_data.numel())
     # a compiler fuses the reference into its neighbours, and cannot look into the other paths
