@@ -27,7 +27,11 @@ def reports() -> dict[int, list[dict[str, Any]]]:
         )
         for arch in ARCHITECTURES
     }
-    ended = {arch: (compiler, *compiler.communicate(timeout=600)) for arch, compiler in started.items()}
+    try:
+        ended = {arch: (compiler, *compiler.communicate(timeout=600)) for arch, compiler in started.items()}
+    finally:
+        for compiler in started.values():
+            compiler.kill()  # those that one failure would leave running
     for compiler, _, errors in ended.values():
         assert compiler.returncode == 0, errors[-4000:]
     return {arch: [json.loads(line) for line in out.splitlines()] for arch, (_, out, _) in ended.items()}

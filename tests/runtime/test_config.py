@@ -444,12 +444,16 @@ def start_run(folder: Path, *overrides: str) -> RunConfig:
     [
         *("run.steps=500", "run.workers=4", "optim.lr=1", "batch.size=64", "parallel.dp_replicate=2"),
         *("checkpoint.every=7", "precision.compute=bf16", 'data.source="/elsewhere"', "data.prefetch=4"),
+        "kernels=reference",
     ],
 )
 def test_what_does_not_change_the_data_or_the_model_may_change(override: str, tmp_path: Path) -> None:
     """Layout, rates and length belong to a command, not to the run."""
-    start_run(tmp_path)
-    check_goes_on(tmp_path, read_config(None, [override]))
+    started = start_run(tmp_path)
+    asked = read_config(None, [f'run.dir="{tmp_path}"', override])
+    assert asked != started
+    check_goes_on(tmp_path, asked)
+    assert read_config(tmp_path / "config.toml") == started  # and the record is left alone
 
 
 @pytest.mark.parametrize(
