@@ -35,8 +35,8 @@ class RankMemory:
     gradients: int
     optimizer: int
     gathered: int  # the whole block (or the rest of the model) that is being computed, in the compute dtype
-    activations: int  # kept by the forward pass of a micro-batch for the backward pass, logits included
-    backward: int  # gradient of the largest of them (mostly the logits), alive beside them
+    activations: int  # kept by the forward pass of a micro-batch for the backward pass
+    backward: int  # gradient of the largest of them (logits, where a model makes them), alive beside them
     checkpoint_copy: int  # host copies from which a checkpoint is written; other memory than a GPU's
 
     @property
