@@ -18,11 +18,6 @@ class Step:
     last: int
     ranges: tuple[tuple[int, int, bool], ...]  # (first column, last column, whether it needs the mask)
 
-    @property
-    def columns(self) -> int:
-        """How many columns are computed."""
-        return sum(last - first for first, last, _ in self.ranges)
-
 
 def encode(places: Iterable[tuple[int, int, Bounds]]) -> torch.Tensor:
     """The steps of every (batch, mask head): int64 [n]."""
