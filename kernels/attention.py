@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .config import Path
 from .dispatch import at_least_fp32, choose
-from .flashmask.cpu import masked_attention
+from .flashmask.cpu import masked_attention, masked_attention_backward
 from .flashmask.mask import ColumnMask, MaskError
 
 
@@ -65,6 +65,62 @@ def attention_reference(
         scores = queries.to(wide) @ keys.to(wide).repeat_interleave(group, dim=1).transpose(-1, -2) * scale
         lse = torch.logsumexp(scores.masked_fill(~seen, -inf), -1)
     return out.transpose(1, 2), lse
+
+
+def attention_gradients(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: ColumnMask,
+    scale: float | None = None,
+    path: Path = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q [B, Nq, H, D], k and v [B, Nk, Hk, D] where k and v are some of the keys of a softmax.
+
+    `out` [B, Nq, H, D] and `lse` [B, H, Nq] are those over all keys, -inf where a row sees none; the mask is
+    that of the keys given. Over sets of keys that make up all, dq adds up to the gradient, dk and dv lie side
+    by side. Since they are parts of sums they are fp32 (fp64 for fp64), whatever the inputs are.
+    """
+    _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose("attention", q, path).path
+    if chosen == "cpu":
+        how = (mask.stacked, mask.plan, mask.causal, scale)
+        return masked_attention_backward(grad_out, None, q, k, v, *how, lse, out)
+    if chosen == "triton":
+        from .gpu import attention as gpu  # triton comes with CUDA builds of torch only
+
+        bounds: tuple[Any, ...] = mask.for_device
+        rest: dict[str, Any] = {"causal": mask.causal, "scale": scale, "kept": at_least_fp32(q.dtype)}
+        return gpu.backward(grad_out, q, k, v, out, lse, *bounds, **rest)
+    return _gradients_reference(grad_out, q, k, v, out, lse, mask, scale)
+
+
+def _gradients_reference(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: ColumnMask,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same with every score in memory: p = exp(score - lse), its gradient p * (dP - sum(out * dOut))."""
+    wide, group = at_least_fp32(q.dtype), q.shape[2] // k.shape[2]
+    grads, queries, keys, values, outs = (x.transpose(1, 2).to(wide) for x in (grad_out, q, k, v, out))
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    hidden = mask.dense().repeat_interleave(q.shape[2] // mask.heads, dim=1)
+    scores = (queries @ keys.mT * scale).masked_fill(hidden, -inf)
+    p = torch.exp(scores - lse.masked_fill(lse == -inf, inf)[..., None])
+    ds = p * (grads @ values.mT - (outs * grads).sum(-1, keepdim=True)) * scale
+    parts = (ds @ keys, ds.mT @ queries, p.mT @ grads)
+    dq, dk, dv = (x.transpose(1, 2) for x in parts)
+    dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 class _TritonAttention(torch.autograd.Function):

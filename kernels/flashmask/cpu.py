@@ -13,30 +13,13 @@ The two passes are operators of torch's library, so that recompute can keep the 
 every score in it, and a compiler passes around both.
 """
 
-from dataclasses import dataclass
 from math import inf
 
 import torch
 
 from ..linear import dense_product
-from .plan import Step, decode
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Query heads that one mask head covers and one key head serves."""
-
-    query: slice
-    key: int
-
-
-def _heads_of(head: int, mask_heads: int, query_heads: int, key_heads: int) -> list[_Heads]:
-    group = query_heads // key_heads
-    if mask_heads == query_heads and group > 1:
-        return [_Heads(slice(head, head + 1), head // group)]
-    per_mask = key_heads // min(mask_heads, key_heads)
-    keys = range(head * per_mask, (head + 1) * per_mask)
-    return [_Heads(slice(key * group, (key + 1) * group), key) for key in keys]
+from .gather import Columns, Hidden, add_columns, heads_of, hidden_of, read_rows, write_rows
+from .plan import decode
 
 
 def _work_type(q: torch.Tensor) -> torch.dtype:
@@ -56,76 +39,52 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return dense_product(a, b) if a.dtype == torch.float32 else a @ b
 
 
-def _heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, N, H, D] -> [B, H, N, D], contiguous."""
-    return x.transpose(1, 2).to(dtype).contiguous()
-
-
-def _rows(x: torch.Tensor, step: Step, dtype: torch.dtype) -> torch.Tensor:
-    """The rows of a step, heads first: [B, N, H, D] -> [H, R, D], contiguous."""
-    return x[step.batch, step.first : step.last].transpose(0, 1).to(dtype).contiguous()
-
-
-def _columns(x: torch.Tensor, step: Step) -> tuple[torch.Tensor, ...]:
-    """The columns of a step, head by head: [B, H, N, D] -> H times [C, D]."""
-    spans: list[list[int]] = []
-    for first, last, _ in step.ranges:
-        if spans and spans[-1][1] == first:
-            spans[-1][1] = last
-        else:
-            spans.append([first, last])
-    parts = [x[step.batch, :, first:last] for first, last in spans]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unbind(0)
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """What a step hides: masks [R, c] of columns of its scores, and the rows [R, 1] that see nothing."""
-
-    masks: list[tuple[int, torch.Tensor]]  # (first column among those of the step, mask)
-    blind: torch.Tensor | None
-
-
-def _hidden(step: Step, bounds: torch.Tensor, shift: int | None) -> _Hidden:
-    """`bounds` [4, Nk] are lts, lte, uts, ute; `shift` is Nk - Nq of a causal mask."""
-    rows = torch.arange(step.first, step.last, dtype=torch.int32)[:, None]
-    blind = torch.ones_like(rows, dtype=torch.bool)
-    masks, at = [], 0
-    for first, last, partial in step.ranges:
-        if partial:
-            lts, lte, uts, ute = bounds[:, first:last]
-            mask = ((rows >= lts) & (rows < lte)) | ((rows >= uts) & (rows < ute))
-            if shift is not None:
-                mask |= rows < torch.arange(first - shift, last - shift, dtype=torch.int32)
-            masks.append((at, mask))
-            blind &= mask.all(-1, keepdim=True)
-        else:
-            blind.zero_()
-        at += last - first
-    return _Hidden(masks, blind if bool(blind.any()) else None)
-
-
 def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, hidden: _Hidden, lse: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: int,
+    hidden: Hidden,
+    lse: torch.Tensor | None = None,
+    *,
+    careful: bool = False,
 ) -> torch.Tensor:
-    """Scaled queries [G, R, D] and keys [C, D] -> probabilities [G * R, C]; fills `lse` [G, R] if given."""
-    scores = _matmul(q.flatten(0, 1), k.t()).view(*q.shape[:2], -1)
-    for at, mask in hidden.masks:
-        scores[..., at : at + mask.shape[1]].masked_fill_(mask, -inf)
+    """Scaled queries [G * R, D] and keys [C, D] -> probabilities [G * R, C]; fills `lse` [G, R] if given."""
+    flat = _matmul(q, k.t())
+    scores = flat.view(-1, rows, len(k))
+    for part, limit in hidden.parts(scores):
+        if careful:
+            part.masked_fill_(limit < 0, -inf)
+        else:
+            torch.minimum(part, limit, out=part)  # a sixth of masked_fill_'s time
     if hidden.blind is not None:
         scores.masked_fill_(hidden.blind, 0.0)  # any finite row: its probabilities are set to zero below
     if lse is not None:
         lse.copy_(scores.amax(-1))
-    probabilities = torch.softmax(
-        scores, -1, out=scores
-    )  # in place: two of them would not fit a core's cache
+    torch.softmax(flat, -1, out=flat)  # in place: two of them would not fit a core's cache
+    if hidden.limits and not careful and bool(flat[:, 0].sum().isnan()):
+        # the minimum with a NaN is one, and a row with one is full of them: a hidden key may have done that
+        return _probabilities(q, k, rows, hidden, lse, careful=True)
     if lse is not None:
-        lse -= probabilities.amax(-1).log_()  # the largest probability is exp(largest score - log-sum-exp)
+        lse -= scores.amax(-1).log_()  # the largest probability is exp(largest score - log-sum-exp)
     if hidden.blind is not None:
-        probabilities.masked_fill_(hidden.blind, 0.0)
+        scores.masked_fill_(hidden.blind, 0.0)
         if lse is not None:
             lse.masked_fill_(hidden.blind[:, 0], -inf)
-    return probabilities.flatten(0, 1)
+    return flat
+
+
+def _shares(q: torch.Tensor, k: torch.Tensor, hidden: Hidden, lse: torch.Tensor) -> torch.Tensor:
+    """Scaled queries [G * R, D], keys [C, D], log-sum-exp [G, R] -> exp(score - log-sum-exp) [G * R, C]."""
+    flat = _matmul(q, k.t())
+    scores = flat.view(*lse.shape, len(k))
+    for part, limit in hidden.parts(scores):
+        torch.minimum(part, limit, out=part)
+    # a row that sees nothing anywhere has -inf: with inf in its place all its shares are 0
+    scores.sub_(lse.masked_fill(lse == -inf, inf)[..., None]).exp_()
+    for part, limit in hidden.parts(scores):
+        if bool(part.sum().isnan()):
+            part.masked_fill_(limit < 0, 0.0)
+    return flat
 
 
 @torch.library.custom_op("rayfold::masked_attention", mutates_args=())
@@ -146,21 +105,21 @@ def masked_attention(
     work, narrow = _work_type(q), _product_type(q)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1] if want_lse else 0), -inf, dtype=work)
-    keys, values = _heads_first(k, work), _heads_first(v, narrow)
-    shift = k.shape[1] - q.shape[1] if causal else None
-    for step in decode(plan):
-        if not step.ranges:
-            continue
-        queries = _rows(q, step, work) * scale  # not in place: it may be a view of q
-        hidden = _hidden(step, bounds[:, step.batch, step.head], shift)
-        own_keys, own_values = _columns(keys, step), _columns(values, step)
-        rows = slice(step.first, step.last)
-        for heads in _heads_of(step.head, bounds.shape[2], q.shape[2], k.shape[2]):
-            own_q = queries[heads.query]
-            own_lse = lse[step.batch, heads.query, rows] if want_lse else None
-            probabilities = _probabilities(own_q, own_keys[heads.key], hidden, own_lse)
-            mixed = _matmul(probabilities.to(narrow), own_values[heads.key]).view(*own_q.shape[:2], -1)
-            out[step.batch, rows, heads.query] = mixed.transpose(0, 1)
+    steps, shift = decode(plan), k.shape[1] - q.shape[1] if causal else None
+    counts = bounds.shape[2], q.shape[2], k.shape[2]
+    own = heads_of(0, *counts).keys
+    keys, values = Columns(k, steps, own, work), Columns(v, steps, own, narrow)
+    for step in steps:
+        heads = heads_of(step.head, *counts)
+        queries = (read_rows(q, step, heads, work) * scale).unbind(0)  # not in place: it may be a view of q
+        hidden = hidden_of(step, bounds[:, step.batch, step.head], shift, work)
+        lse_rows = lse[step.batch, heads.queries, step.first : step.last].split(heads.group)
+        mixed = []
+        for i, (key, value) in enumerate(zip(keys.read(step, heads), values.read(step, heads), strict=True)):
+            own_lse = lse_rows[i] if want_lse else None
+            probabilities = _probabilities(queries[i], key, step.last - step.first, hidden, own_lse)
+            mixed.append(_matmul(probabilities.to(narrow), value))
+        write_rows(out, step, heads, mixed)
     return out, lse
 
 
@@ -190,38 +149,61 @@ def masked_attention_backward(
     plan: torch.Tensor,
     causal: bool,
     scale: float,
+    lse: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, summed over row blocks in the working type and in the order of the plan."""
+    """Gradients of q, k and v, summed over row blocks in the working type and in the order of the plan.
+
+    With `lse` [B, H, Nq] and `out` [B, Nq, H, Dv] of a softmax over more keys than these, the part of its
+    gradients that belongs to these, in the working type: more parts will be added to it.
+    """
     work, narrow = _work_type(q), _product_type(q)
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    keys, values = _heads_first(k, work), _heads_first(v, narrow)
-    narrow_keys = keys if narrow == work else _heads_first(k, narrow)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values, dtype=work)
-    shift = k.shape[1] - q.shape[1] if causal else None
-    for step in decode(plan):
-        if not step.ranges:
-            continue
-        queries, grads = _rows(q, step, work) * scale, _rows(grad_out, step, narrow)
-        hidden = _hidden(step, bounds[:, step.batch, step.head], shift)
-        own_keys, own_values, factors = (_columns(x, step) for x in (keys, values, narrow_keys))
-        rows = slice(step.first, step.last)
-        for heads in _heads_of(step.head, bounds.shape[2], q.shape[2], k.shape[2]):
-            own_q, grad = queries[heads.query], grads[heads.query].flatten(0, 1)
-            probabilities = _probabilities(own_q, own_keys[heads.key], hidden, None)
-            grad_p = _matmul(grad, own_values[heads.key].t()).to(work)
+    kept = q.dtype if lse is None else work
+    grad_q = torch.zeros_like(q, dtype=kept, memory_format=torch.contiguous_format)
+    steps, shift = decode(plan), k.shape[1] - q.shape[1] if causal else None
+    counts = bounds.shape[2], q.shape[2], k.shape[2]
+    own = heads_of(0, *counts).keys
+    keys, values = Columns(k, steps, own, work), Columns(v, steps, own, narrow)
+    narrow_keys = keys if narrow == work else Columns(k, steps, own, narrow)
+    grad_keys, grad_values = (
+        x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=work) for x in (k, v)
+    )
+    for step in steps:
+        heads = heads_of(step.head, *counts)
+        queries = (read_rows(q, step, heads, work) * scale).unbind(0)
+        grads = read_rows(grad_out, step, heads, narrow).unbind(0)
+        hidden = hidden_of(step, bounds[:, step.batch, step.head], shift, work)
+        columns = (x.read(step, heads) for x in (keys, values, narrow_keys))
+        lse_rows, grad_lse_rows = (
+            None if x is None else x[step.batch, heads.queries, step.first : step.last].split(heads.group)
+            for x in (lse, grad_lse)
+        )
+        mixed = None if out is None else read_rows(out, step, heads, work)
+        grad_rows = []
+        for i, (key, value, factor) in enumerate(zip(*columns, strict=True)):
+            if lse_rows is None:
+                probabilities = _probabilities(queries[i], key, step.last - step.first, hidden)
+            else:
+                probabilities = _shares(queries[i], key, hidden, lse_rows[i])
+            grad_p = _matmul(grads[i], value.t()).to(work)
             # p * (grad_p - sum(p * grad_p)): zero wherever p is, so hidden scores and blind rows get none
-            grad_s = torch.ops.aten._softmax_backward_data.out(
-                grad_p, probabilities, -1, work, grad_input=grad_p
-            )
-            if grad_lse is not None:
-                own = grad_lse[step.batch, heads.query, rows].reshape(-1, 1)
-                grad_s.addcmul_(probabilities, own.to(work))
+            if mixed is None:
+                grad_s = torch.ops.aten._softmax_backward_data.out(
+                    grad_p, probabilities, -1, work, grad_input=grad_p
+                )
+            else:
+                # the sum runs over keys that are not here; it is that of out * grad_out
+                grad_s = grad_p.sub_((mixed[i] * grads[i]).sum(-1, keepdim=True)).mul_(probabilities)
+            if grad_lse_rows is not None:
+                grad_s.addcmul_(probabilities, grad_lse_rows[i].reshape(-1, 1).to(work))
             grad_s = grad_s.to(narrow)
-            _add(grad_values, step, heads.key, _matmul(probabilities.to(narrow).t(), grad))
-            _add(grad_keys, step, heads.key, _matmul(grad_s.t(), own_q.flatten(0, 1).to(narrow)))
-            grad_rows = _matmul(grad_s, factors[heads.key]).view(own_q.shape)
-            grad_q[step.batch, rows, heads.query] = grad_rows.mul_(scale).transpose(0, 1)
-    grad_k, grad_v = (x.transpose(1, 2).to(q.dtype).contiguous() for x in (grad_keys, grad_values))
+            add_columns(
+                grad_values, step, heads.first_key + i, _matmul(probabilities.to(narrow).t(), grads[i])
+            )
+            add_columns(grad_keys, step, heads.first_key + i, _matmul(grad_s.t(), queries[i].to(narrow)))
+            grad_rows.append(_matmul(grad_s, factor).mul_(scale))
+        write_rows(grad_q, step, heads, grad_rows)
+    grad_k, grad_v = (x.transpose(1, 2).to(kept).contiguous() for x in (grad_keys, grad_values))
     return grad_q, grad_k, grad_v
 
 
@@ -236,16 +218,15 @@ def _(
     plan: torch.Tensor,
     causal: bool,
     scale: float,
+    lse: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
-
-
-def _add(total: torch.Tensor, step: Step, head: int, part: torch.Tensor) -> None:
-    """Add a part [columns, D] to the columns of a step: total [B, H, N, D]."""
-    at = 0
-    for first, last, _ in step.ranges:
-        total[step.batch, head, first:last] += part[at : at + last - first]
-        at += last - first
+    kept = q.dtype if lse is None else _work_type(q)
+    return (
+        q.new_empty(q.shape, dtype=kept),
+        q.new_empty(k.shape, dtype=kept),
+        q.new_empty(v.shape, dtype=kept),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

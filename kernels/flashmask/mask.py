@@ -104,35 +104,40 @@ class ColumnMask:
             hidden = hidden | (rows < columns - (self.nk - self.nq))
         return hidden
 
-    def rows(self, first: int, last: int) -> "ColumnMask":
-        """The mask of query rows from `first` to `last` alone, as a rank of context parallelism has them.
+    def part(self, rows: torch.Tensor, columns: torch.Tensor) -> "ColumnMask":
+        """The mask of some query rows and some keys: their places [R] and [C], each in ascending order.
 
-        A causal mask becomes bounds: the rows above the diagonal are written into the upper interval. Raises
-        MaskError where a causal mask has an upper interval of its own already.
+        An interval of rows stays one, as the rows that are left keep their order. The diagonal stays where
+        `columns is rows`, which are then a square of the whole; elsewhere it becomes the upper interval of
+        each column. Raises MaskError where a causal mask has an upper interval of its own already.
         """
-        upper_start, upper_end = self.uts, self.ute
-        if self.causal:
-            if bool((self.ute > self.uts).any()):
+        lts, lte, uts, ute = (getattr(self, name)[..., columns] for name in BOUNDS)
+        causal, known = self.causal, self.trivial
+        if causal and (columns is not rows or self.nq != self.nk):
+            if "upper" not in known and bool((ute > uts).any()):
                 raise MaskError(
-                    "a causal mask with an upper interval cannot be cut by rows; drop causal first"
+                    "a causal mask with an upper interval of its own cannot be cut off the diagonal; write "
+                    "the diagonal into its bounds and drop causal"
                 )
-            diagonal = torch.arange(self.nk, device=self.lts.device, dtype=torch.int32) - (self.nk - self.nq)
-            upper_start, upper_end = (
-                torch.zeros_like(self.uts),
-                diagonal.clamp(0, self.nq).expand_as(self.ute),
-            )
+            uts, ute = torch.zeros_like(uts), (columns - (self.nk - self.nq)).expand_as(ute)
+            causal, known = False, known - {"upper"}
+        places = rows.to(torch.int32)
         cut: dict[str, Any] = {
-            name: (bound - first).clamp(0, last - first).to(torch.int32)
-            for name, bound in zip(BOUNDS, (self.lts, self.lte, upper_start, upper_end), strict=True)
+            name: torch.searchsorted(places, bound.to(torch.int32).contiguous(), out_int32=True)
+            for name, bound in zip(BOUNDS, (lts, lte, uts, ute), strict=True)
         }
-        return ColumnMask(**cut, causal=False, nq=last - first)
+        return ColumnMask(**cut, causal=causal, nq=len(rows), trivial=known)
 
-    def columns(self, index: torch.Tensor | slice) -> "ColumnMask":
-        """The mask of some key columns. Raises MaskError for a causal mask, whose diagonal would move."""
-        if self.causal:
-            raise MaskError("the columns of a causal mask cannot be cut; call rows(0, nq) first")
-        cut: dict[str, Any] = {name: getattr(self, name)[..., index].contiguous() for name in BOUNDS}
-        return ColumnMask(**cut, causal=False, nq=self.nq)
+    @property
+    def hides_all(self) -> torch.Tensor:
+        """Whether no score can be seen, on the device: bool []. A causal mask's diagonal is not looked at."""
+        whole = torch.zeros_like(self.lts, dtype=torch.bool)
+        lower, upper = (self.lts, self.lte), (self.uts, self.ute)
+        for (start, end), (other, last) in ((lower, upper), (upper, lower)):
+            # one interval from the first row on, the other from within it to the last, or nothing
+            after = torch.where(other <= end, torch.maximum(end, last), end)
+            whole |= (start <= 0) & (after >= self.nq)
+        return whole.all()
 
     def bounds(self, batch: int, head: int) -> Bounds:
         """The bounds of one mask head on the host."""

@@ -24,6 +24,8 @@ def encode(places: Iterable[tuple[int, int, Bounds]]) -> torch.Tensor:
     numbers: list[int] = []
     for batch, head, bounds in places:
         for first, last, ranges in steps(classify(bounds, *own_edges(bounds))):
+            if not ranges:
+                continue  # nothing to compute
             numbers += [batch, head, first, last, len(ranges)]
             for a, b, kind in ranges:
                 numbers += [a, b, int(kind == PARTIAL)]

@@ -123,18 +123,20 @@ def backward(
     causal: bool,
     scale: float,
     grad_lse: torch.Tensor | None = None,
+    kept: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from those of out, and of lse if it has one [B, H, Nq].
 
-    out and lse may be those of a softmax over more keys.
+    out and lse may be those of a softmax over more keys: the gradients are then parts of sums, which `kept`
+    (else q's dtype) keeps in fp32.
     """
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
     batch, rows, heads, _ = q.shape
     columns, kv_heads = k.shape[1:3]
     # new tensors, not empty_like: the kernels write [B, N, H, D] whatever the strides of the inputs are
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape, dtype=kept or x.dtype) for x in (q, k, v))
     delta = torch.empty_like(lse)
     names = (lts, lte, uts, ute)
     by_rows, by_keys = tile or _tile(BACKWARD_ROWS, q, v), tile or _tile(BACKWARD_KEYS, q, v)

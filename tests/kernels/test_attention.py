@@ -159,6 +159,32 @@ def test_rows_that_see_nothing_are_zero_and_get_no_gradient() -> None:
     assert all(bool(torch.isfinite(x.grad).all()) for x in (q, k, v) if x.grad is not None)
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_hidden_keys_hold_does_not_show(heads: int, dtype: torch.dtype, garbage: float) -> None:
+    """Their scores may be anything, NaN too, in a tile with those of rows that are fine: bit for bit.
+
+    Rows that see such a key, of its own document and behind it, hold NaN as they would with every score
+    computed: the error is not hidden along with the key.
+    """
+    torch.manual_seed(0)
+    docs = torch.arange(120)[None] // 3  # borders too close for tiles to follow
+    mask = kinds.causal_document(docs) if heads == 1 else random_mask(1, heads, 120, 120, causal=True)
+    q, k, v = random_inputs(1, 120, 120, 4, 2, 16, dtype)
+    dirty = k.clone()
+    dirty[:, 50] = garbage * torch.randn(16).sign()
+    fine = mask.dense()[0, :, :, 50].repeat_interleave(4 // heads, dim=0).T  # [N, H]
+    (out, lse), (expected, expected_lse) = (
+        flashmask_attention(30 * q, keys, v, mask, return_lse=True) for keys in (dirty, k)
+    )
+    assert torch.equal(out[0][fine], expected[0][fine])
+    assert torch.equal(lse[0].T[fine], expected_lse[0].T[fine])
+    if math.isnan(garbage):
+        assert bool(out[0][~fine].isnan().all())
+        assert bool(lse[0].T[~fine].isnan().all())
+
+
 def test_a_key_that_nobody_sees_gets_no_gradient() -> None:
     """Its gradient is zero, not whatever was in memory."""
     torch.manual_seed(0)

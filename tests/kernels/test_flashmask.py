@@ -183,15 +183,45 @@ def test_causal_is_aligned_at_the_bottom_right(nq: int, nk: int) -> None:
     assert torch.equal(mask.dense()[0, 0], expected)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "evicted"])
-def test_rows_and_columns_of_a_mask_are_those_of_its_dense_form(name: str) -> None:
-    """Context parallelism gives a rank some rows and some keys: the parts put together are the whole."""
+@pytest.mark.parametrize("name", KINDS)
+def test_a_part_of_a_mask_is_that_of_its_dense_form(name: str) -> None:
+    """Context parallelism gives a rank some rows and some keys, each in several stretches."""
     mask, _ = case(name, 96)
     whole = mask.dense()
-    for first, last in ((0, 40), (40, 41), (41, 96)):
-        part = mask.rows(first, last)
-        assert torch.equal(part.dense(), whole[:, :, first:last])
-        assert torch.equal(part.columns(slice(10, 77)).dense(), whole[:, :, first:last, 10:77])
+    places = torch.arange(96)
+    some = {
+        "chunks": torch.cat((places[8:16], places[80:88])),
+        "odd": places[1::2],
+        "one": places[41:42],
+        "all": places,
+    }
+    for rows in some.values():
+        for columns in some.values():
+            part = mask.part(rows, columns)
+            assert part.causal == (mask.causal and rows is columns)
+            assert torch.equal(part.dense(), whole[:, :, rows][..., columns])
+
+
+def test_a_diagonal_and_an_upper_interval_do_not_fit_into_one() -> None:
+    """Off the diagonal, it takes the place of an upper interval: one that is there is told of, not lost."""
+    lts, uts, ute = (torch.full((1, 1, 9), row, dtype=torch.int32) for row in (9, 5, 7))
+    mask = ColumnMask(lts=lts, lte=lts, uts=uts, ute=ute, causal=True, nq=9)
+    rows = torch.arange(9)
+    assert torch.equal(mask.part(rows, rows).dense(), mask.dense())
+    with pytest.raises(MaskError, match="drop causal"):
+        mask.part(rows, rows[:5])
+
+
+def test_a_mask_that_hides_everything_is_known_by_its_bounds() -> None:
+    """A step of a ring that sees nothing is passed over: exactly those steps."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        bounds = random_bounds(rng, int(rng.integers(1, 4)), 2, causal=False)
+        stacked = {
+            n: torch.tensor(getattr(bounds, n))[None, None].int() for n in ("lts", "lte", "uts", "ute")
+        }
+        mask = ColumnMask(**stacked, causal=False, nq=bounds.nq)
+        assert bool(mask.hides_all) == bool(mask.dense().all())
 
 
 @pytest.mark.parametrize("causal", [True, False])

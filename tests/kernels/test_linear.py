@@ -7,7 +7,7 @@ they are independent: 4 sqrt(K) units in the last place of |x| |w| is four stand
 import pytest
 import torch
 
-from rayfold.kernels.linear import linear, product
+from rayfold.kernels.linear import Deferred, add_weight_gradients, linear, product
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -70,3 +70,29 @@ def test_a_compiler_makes_its_own_product() -> None:
     compiled = torch.compile(lambda x, w: linear(x, w).relu(), backend="aot_eager", fullgraph=True)
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     torch.testing.assert_close(compiled(x, w), torch.nn.functional.linear(x, w).relu())
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.bfloat16)],
+)
+def test_a_weight_gradient_that_is_put_off_is_the_same(path: str, dtype: torch.dtype) -> None:
+    """Zero-bubble pipelines compute it when they have time; added to what is there, and without a graph."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 5, dtype=dtype)
+    wanted, weight = (torch.nn.Parameter(torch.ones(5, 4, dtype=dtype)) for _ in range(2))
+    deferred = Deferred(collecting=True)
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for _ in range(2):
+        (linear(inputs[0], wanted, path) * 2).backward(grad)  # type: ignore[arg-type]
+        (linear(inputs[1], weight, path, deferred) * 2).backward(grad)  # type: ignore[arg-type]
+    assert weight.grad is None
+    add_weight_gradients(deferred.take())
+    assert weight.grad is not None
+    assert not weight.grad.requires_grad
+    assert deferred.take() == []
+    torch.testing.assert_close(weight.grad, wanted.grad)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    deferred.collecting = False
+    linear(inputs[1], weight, path, deferred).sum().backward()  # type: ignore[arg-type]
+    assert deferred.take() == []
