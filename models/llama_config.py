@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..parallel.limits import ModelLimits
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
@@ -29,6 +31,19 @@ class LlamaShape:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.heads
+
+    def limits(self, seq_len: int) -> ModelLimits:
+        """What decides over how many ranks of each axis this model can be laid out."""
+        return ModelLimits(
+            family="llama",
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            ffn_dim=self.ffn_dim,
+            vocab_size=self.vocab_size or None,
+            seq_len=seq_len,
+            tied=self.tied_embeddings,
+        )
 
     def problems(self) -> list[tuple[str, str]]:
         """Every pair of numbers that do not fit, as (key, what is wrong and what to write instead)."""
@@ -126,6 +141,10 @@ class LlamaConfig:
             base = PRESETS[self.preset or "tiny"]
         given = {f.name: getattr(self, f.name, None) for f in fields(LlamaShape)}
         return replace(base, **{key: value for key, value in given.items() if value is not None})
+
+    def limits(self, seq_len: int) -> ModelLimits:
+        """What the shape says of itself; raises what `shape` raises."""
+        return self.shape().limits(seq_len)
 
 
 def shape_from_hf(config: dict[str, Any]) -> LlamaShape:

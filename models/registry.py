@@ -4,7 +4,8 @@ A factory is called as `factory(vocab_size=..., **fields)` (and `kernels=...` wh
 keys of the section, and returns a module with `forward(tokens, *, positions, document_ids) -> logits [B, S,
 V]` (all inputs [B, S]). Members of its `nn.ModuleList`s are the units that are sharded and recomputed. A
 module may say how its parameters start with `initial(name)` (see `parallel/initial.py`); without it, the
-numbers its constructor draws are used, the same on every rank.
+numbers its constructor draws are used, the same on every rank. How it splits beyond data parallelism it says
+with `plan` (see `parallel/plan.py`).
 """
 
 import importlib
@@ -16,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from ..kernels.config import AUTO, KernelsConfig
+from ..parallel.limits import ModelLimits
+from ..parallel.plan import ModelPlan, Role
 from .llama import Llama
 from .llama_config import LlamaConfig, LlamaShape
 
@@ -84,6 +87,26 @@ def build_model(
         return Llama(llama_shape(config, vocab_size), kernels)
     factory = load_factory(family, config)
     return factory(vocab_size=vocab_size, **_asked_for(factory, kernels), **config)
+
+
+def limits_of(model: nn.Module, *, family: str, seq_len: int) -> ModelLimits | None:
+    """What decides which layouts can be, of a model that is there; None where it has no plan."""
+    if isinstance(model, Llama):
+        return model.shape.limits(seq_len)
+    plan: ModelPlan | None = getattr(model, "plan", None)
+    if plan is None:
+        return None
+    able = {
+        "tp": bool(plan.parameters),
+        "cp": Role.ATTENTION in plan.modules.values(),
+        "pp": plan.stages is not None,
+    }
+    return ModelLimits(
+        family=family,
+        layers=len(getattr(model, plan.stages.blocks)) if plan.stages is not None else None,
+        seq_len=seq_len,
+        axes=tuple(axis for axis, said in able.items() if said),
+    )
 
 
 def _asked_for(factory: Callable[..., nn.Module], kernels: KernelsConfig) -> dict[str, KernelsConfig]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .random import normal_box
 
@@ -27,19 +26,24 @@ Initial = Normal | Constant
 
 
 @torch.no_grad()
-def fill(parameter: torch.Tensor, initial: Initial, *, seed: int, name: str) -> None:
+def fill(
+    parameter: torch.Tensor,
+    initial: Initial,
+    *,
+    seed: int,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> None:
     """Start this rank's part of the parameter `name`; the numbers depend on `(seed, name, global index)`
     alone.
+
+    `box` (offsets, sizes) says where the local numbers lie in the whole of `shape`; without it they are all.
     """
-    shape = tuple(parameter.shape)
-    local, sizes, offsets = parameter, shape, (0,) * len(shape)
-    if isinstance(parameter, DTensor):
-        sizes, offsets = compute_local_shape_and_global_offset(
-            shape, parameter.device_mesh, parameter.placements
-        )
-        local = parameter.to_local()
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if isinstance(initial, Constant):
         local.fill_(initial.value)
         return
-    values = normal_box(seed, name, shape=shape, offsets=tuple(offsets), sizes=tuple(sizes))
+    offsets, sizes = box or ((0,) * local.ndim, tuple(local.shape))
+    values = normal_box(seed, name, shape=shape or tuple(local.shape), offsets=offsets, sizes=sizes)
     local.copy_(torch.from_numpy(values * initial.std))

@@ -1,17 +1,47 @@
-"""The layout of a run: how many ranks lie along each axis of parallelism.
+"""The layout of a run: how many ranks lie along each axis of parallelism, and how a pipeline is cut.
 
 A `Layout` is a value. It knows no torch, no process group and no rank, so that the command line can check it
-in milliseconds before anything starts. `parallel/mesh.py` turns it into process groups.
+in milliseconds before anything starts. `parallel/rules.py` says which layouts a model and a batch allow,
+`parallel/legal.py` finds those that do, `parallel/mesh.py` turns one into process groups.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-UNBUILT_AXES = ("tp", "cp", "pp", "ep", "etp", "bp", "dap")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # as ranks are counted: tp changes fastest
+UNBUILT_AXES = ("ep", "etp", "bp", "dap")
+
+Context: TypeAlias = Literal["ring", "ulysses"]
+ScheduleName: TypeAlias = Literal[
+    "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
 
 
-class LayoutError(ValueError):
-    """The sizes of the axes and the number of ranks do not fit together."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What an order of forward and backward passes asks for, as torch 2.13 carries it out."""
+
+    stages_per_rank: int  # unless given
+    any_stages: bool = False  # other numbers of stages a rank work too
+    v_shaped: bool = False  # stages go down the ranks and up again, so rank 0 has both ends of the model
+    every_stage_busy: bool = False  # at least as many micro-batches as stages
+    in_rounds: bool = False  # micro-batches come in equal rounds of about as many as there are ranks
+    splits_backward: bool = False  # gradients of inputs first, those of weights where there is time
+
+
+SCHEDULES: dict[ScheduleName, Schedule] = {
+    "gpipe": Schedule(stages_per_rank=1),
+    "1f1b": Schedule(stages_per_rank=1, every_stage_busy=True),
+    "interleaved_1f1b": Schedule(stages_per_rank=2, any_stages=True, in_rounds=True),
+    "interleaved_zero_bubble": Schedule(
+        stages_per_rank=2, any_stages=True, in_rounds=True, splits_backward=True
+    ),
+    "zbv": Schedule(stages_per_rank=2, v_shaped=True, splits_backward=True),
+    "dualpipev": Schedule(stages_per_rank=2, v_shaped=True, every_stage_busy=True, splits_backward=True),
+}
+CONTEXTS: tuple[Context, ...] = ("ring", "ulysses")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +54,27 @@ class ParallelConfig:
         "Ranks that share one copy (parameters, gradients, optimizer). -1 takes the ranks left over.",
         "ranks",
     ] = -1
-    tp: Annotated[int, "Tensor parallel ranks. Only 1 in this version.", "ranks"] = 1
-    cp: Annotated[int, "Context parallel ranks. Only 1 in this version.", "ranks"] = 1
-    pp: Annotated[int, "Pipeline stages. Only 1 in this version.", "ranks"] = 1
+    tp: Annotated[int, "Tensor parallel ranks: share every matrix, and the sequence between.", "ranks"] = 1
+    cp: Annotated[int, "Context parallel ranks: share every sequence.", "ranks"] = 1
+    context: Annotated[
+        Context,
+        "How attention crosses context parallel ranks: keys and values go round, or heads are exchanged.",
+    ] = "ring"
+    pp: Annotated[int, "Pipeline parallel ranks: share the layers.", "ranks"] = 1
+    pipeline_schedule: Annotated[ScheduleName, "Order of micro-batches in a pipeline; read if pp > 1."] = (
+        "1f1b"
+    )
+    stages_per_rank: Annotated[
+        int,
+        "Pieces of the model on a pipeline rank. 0: 1 under gpipe and 1f1b, 2 under the others.",
+        "stages",
+    ] = 0
+    stage_layers: Annotated[
+        tuple[int, ...],
+        "Layers of each stage in the order of the model. Empty: as even as can be, fewer beside the "
+        "embedding and the output.",
+        "layers",
+    ] = ()
     ep: Annotated[int, "Expert parallel ranks. Only 1 in this version.", "ranks"] = 1
     etp: Annotated[int, "Tensor parallel ranks inside an expert. Only 1 in this version.", "ranks"] = 1
     bp: Annotated[int, "Branch parallel ranks. Only 1 in this version.", "ranks"] = 1
@@ -46,6 +94,25 @@ class ParallelConfig:
             )
         if self.dp_shard < 1 and self.dp_shard != -1:
             found.append(("dp_shard", f"is {self.dp_shard}; use -1 (the ranks left over) or a number from 1"))
+        for axis in ("tp", "cp", "pp"):
+            if (size := getattr(self, axis)) < 1:
+                found.append((axis, f"is {size}; use 1 to go without, or a number of ranks from 2"))
+        if self.stages_per_rank < 0:
+            found.append(
+                (
+                    "stages_per_rank",
+                    f"is {self.stages_per_rank}; use 0 for what the schedule takes, or from 1",
+                )
+            )
+        if any(layers < 1 for layers in self.stage_layers):
+            at_least = ", ".join(str(max(layers, 1)) for layers in self.stage_layers)
+            found.append(
+                (
+                    "stage_layers",
+                    f"is {list(self.stage_layers)}; a stage holds at least 1 layer: use [{at_least}], or [] "
+                    "for an even cut",
+                )
+            )
         for axis in UNBUILT_AXES:
             if (size := getattr(self, axis)) != 1:
                 found.append(
@@ -60,46 +127,80 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of all axes; their product is the world size."""
+    """Sizes of all axes, whose product is the world size, and how context and pipeline go about it."""
 
     dp_replicate: int
     dp_shard: int
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    context: Context = "ring"
+    schedule: ScheduleName = "1f1b"
+    stages_per_rank: int = 0  # 0: what the schedule takes by itself
+    stage_layers: tuple[int, ...] = ()  # empty: an even cut
 
     @property
     def world_size(self) -> int:
         """Number of ranks in the run."""
-        return self.dp_replicate * self.dp_shard
+        return math.prod(getattr(self, axis) for axis in AXES)
 
     @property
     def dp_size(self) -> int:
-        """Number of ranks that hold different data."""
+        """Number of groups of ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def stages(self) -> int:
+        """Number of pieces that the layers are cut into, over all pipeline ranks."""
+        if self.pp == 1:
+            return 1
+        return self.pp * (self.stages_per_rank or SCHEDULES[self.schedule].stages_per_rank)
+
+    def stages_of(self, pp_rank: int) -> range:
+        """The stages that a pipeline rank holds, in the order of the model."""
+        if self.stages > self.pp and SCHEDULES[self.schedule].v_shaped:
+            last = self.stages - 1 - pp_rank
+            return range(pp_rank, last + 1, last - pp_rank)
+        return range(pp_rank, self.stages, self.pp)
+
+    def layers_of(self, stage: int, layers: int) -> range:
+        """The layers of `stage` in a model that has `layers` of them."""
+        cut = self.stage_layers or even_cut(layers, self.stages)
+        start = sum(cut[:stage])
+        return range(start, start + cut[stage])
+
+    def keys(self) -> dict[str, Any]:
+        """The `[parallel]` keys that ask for this layout; those that have no effect are left out."""
+        keys: dict[str, Any] = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        if self.cp > 1:
+            keys |= {"cp": self.cp, "context": self.context}
+        if self.tp > 1:
+            keys["tp"] = self.tp
+        if self.pp > 1:
+            keys |= {"pp": self.pp, "pipeline_schedule": self.schedule}
+            if self.stages_per_rank:
+                keys["stages_per_rank"] = self.stages_per_rank
+            if self.stage_layers:
+                keys["stage_layers"] = self.stage_layers
+        return keys
+
     def __str__(self) -> str:
-        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard}"
+        return " ".join(f"{key}={key_value(value)}" for key, value in self.keys().items())
 
 
-def make_layout(config: ParallelConfig, *, world_size: int) -> Layout:
-    """Fit the configured axes to `world_size` ranks.
+def even_cut(layers: int, stages: int) -> Sequence[int]:
+    """How many layers each stage gets: all as many, and of what is left over one each from the middle on.
 
-    Raises `LayoutError` when they do not multiply to it, with the nearest sizes that do.
+    The first stage also embeds, and the last also computes logits and losses, which costs more: they get
+    their extra layer last, the last stage never. In the middle later stages come first, as they keep fewer
+    micro-batches in memory.
     """
-    if config.dp_shard != -1:
-        needed = config.dp_replicate * config.dp_shard
-        if needed != world_size:
-            raise LayoutError(
-                f"parallel.dp_replicate * parallel.dp_shard = {config.dp_replicate} * {config.dp_shard} = "
-                f"{needed} ranks, but run.workers = {world_size}: set run.workers={needed}, or "
-                "parallel.dp_shard=-1 to take what is left"
-            )
-        return Layout(dp_replicate=config.dp_replicate, dp_shard=config.dp_shard)
-    if world_size % config.dp_replicate:
-        nearest = min(
-            (d for d in range(1, world_size + 1) if world_size % d == 0),
-            key=lambda d: abs(d - config.dp_replicate),
-        )
-        raise LayoutError(
-            f"parallel.dp_replicate = {config.dp_replicate} does not divide run.workers = {world_size}, so "
-            f"some ranks would have no copy to work on: set parallel.dp_replicate={nearest}"
-        )
-    return Layout(dp_replicate=config.dp_replicate, dp_shard=world_size // config.dp_replicate)
+    middle = (stages - 1) / 2
+    order = sorted(range(stages), key=lambda s: (s == stages - 1, s == 0, abs(s - middle), -s))
+    more = set(order[: layers % stages])
+    return [layers // stages + (stage in more) for stage in range(stages)]
+
+
+def key_value(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..kernels.flashmask.cpu import masked_attention
 from ..kernels.linear import ONEDNN_PRODUCT
+from .ring import ring_attention
 
 # Results worth their memory: matrix products and attention cost more to compute again than to keep.
 KEPT = frozenset(
@@ -19,6 +20,7 @@ KEPT = frozenset(
         torch.ops.aten.bmm.default,
         ONEDNN_PRODUCT,
         masked_attention._opoverload,
+        ring_attention._opoverload,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -24,12 +24,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def apply_sharding(model: nn.Module, mesh: FoldedMesh, *, compute: Literal["fp32", "bf16"]) -> None:
     """Shard `model` in place over `mesh`; every parameter becomes a DTensor named as before."""
+    assert mesh.sharding is not None, "a pretended mesh shards nothing"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32
     )
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh.dense, mp_policy=policy)
-    fully_shard(model, mesh=mesh.dense, mp_policy=policy)
+        fully_shard(block, mesh=mesh.sharding, mp_policy=policy)
+    fully_shard(model, mesh=mesh.sharding, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no pre-multiplied sum, and the loss is divided already

@@ -306,6 +306,8 @@ def type_name(hint: Any) -> str:
     """A type as a reader of the documentation would write it."""
     if hint is type(None):
         return ""
+    if hint is Ellipsis:
+        return "..."
     origin, args = get_origin(hint), get_args(hint)
     if origin is Union or str(origin) == "<class 'types.UnionType'>":
         return " | ".join(name for name in map(type_name, args) if name)

@@ -42,12 +42,12 @@ def open_corpus(
     """Open the source on every rank. Raises DataError on all ranks when any of them finds something wrong."""
     tokenizer = resolve_tokenizer(config)
     path = run_dir / INDEX_FILE
-    known = _together(mesh, lambda: _read_known(path, config) if mesh.data_rank == 0 else None)[0]
+    known = _together(mesh, lambda: _read_known(path, config) if mesh.world.rank == 0 else None)[0]
     if known is not None:
         index = Index.from_json(known)
     else:
         index = _count_together(config, tokenizer, mesh, progress)
-        if mesh.data_rank == 0:
+        if mesh.world.rank == 0:
             write_atomically(path, index.to_json())
     return Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed), is_new=known is None)
 
@@ -68,7 +68,7 @@ def _count_together(
     config: DataConfig, tokenizer: Tokenizer, mesh: FoldedMesh, progress: Progress | None
 ) -> Index:
     def scan_share() -> list[dict[str, Any]]:
-        share = list_blocks(config)[mesh.data_rank :: mesh.layout.dp_size]
+        share = list_blocks(config)[mesh.world.rank :: mesh.world.size]
         return [count.to_json() for count in scan_blocks(share, config, tokenizer, progress)]
 
     shares = _together(mesh, scan_share)
@@ -86,7 +86,7 @@ def _together(mesh: FoldedMesh, work: Callable[[], Any]) -> list[Any]:
         result["value"] = work()
     except DataError as error:
         result["error"] = str(error)
-    results = gather_json(result, mesh.data, mesh.device)
+    results = gather_json(result, mesh.world, mesh.device)
     if errors := [r["error"] for r in results if "error" in r]:
         raise DataError(errors[0])
     return [r["value"] for r in results]

@@ -1,20 +1,18 @@
-"""Weights from and to Hugging Face folders: safetensors and config.json, one tensor in memory at a time."""
+"""Weights from and to Hugging Face folders: safetensors and config.json, one file in memory at a time."""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..models.llama_config import LlamaShape, shape_to_hf
+from ..parallel.model import Held
 from .checkpoint.format import Index, TensorEntry, read_chunk
-from .optim.adamw import local_of
+from .part import Part
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as the hub's own tools split
@@ -56,35 +54,28 @@ def hf_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill a Llama, sharded or not, from `folder`; each rank reads only the rows it holds.
+def load_weights(held: Iterable[Held], folder: Path) -> None:
+    """Fill what a rank holds of a Llama from `folder`; only its box of each tensor is read.
 
     Raises WeightsError when a tensor is missing, has another shape, or a file cannot be read.
     """
     files = _files_by_tensor(folder)
-    for name, parameter in model.named_parameters():
-        source = hf_name(name)
+    for part in (Part.of(one, one.name) for one in held):
+        source = hf_name(part.name)
         if source not in files:
             raise WeightsError(
-                f"{folder}: no tensor {source} for {name}; is model.tied_embeddings as in config.json?"
-            )
-        shape = tuple(parameter.shape)
-        sizes, offsets = shape, (0,) * len(shape)
-        local = local_of(parameter)
-        if isinstance(parameter, DTensor):
-            sizes, offsets = compute_local_shape_and_global_offset(
-                shape, parameter.device_mesh, parameter.placements
+                f"{folder}: no tensor {source} for {part.name}; is model.tied_embeddings as in config.json?"
             )
         with safe_open(files[source], framework="pt") as opened:
             stored = opened.get_slice(source)
-            if tuple(stored.get_shape()) != shape:
+            if tuple(stored.get_shape()) != part.shape:
                 raise WeightsError(
                     f"{files[source]}: {source} has shape {list(stored.get_shape())}, the model needs "
-                    f"{list(shape)}; leave model.preset and the sizes away to take the shape of config.json"
+                    f"{list(part.shape)}; leave model.preset and the sizes away to take the shape of "
+                    "config.json"
                 )
-            if local.numel():
-                box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-                local.copy_(stored[box])
+            if part.tensor.numel():
+                part.tensor.copy_(stored[part.box])
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
@@ -114,8 +105,9 @@ def export_weights(
 ) -> list[Path]:
     """Write the model of a checkpoint as a Hugging Face folder; returns the files.
 
-    `out` must not hold another model. At most one output file (5 GB) is in memory at a time. Raises
-    WeightsError for a folder in use and DamagedCheckpoint for a checkpoint that is not whole.
+    `out` must not hold another model. At most one output file is in memory at a time: 5 GB, or a tensor that
+    is larger by itself, and beside it the chunk of the checkpoint that is being read. Raises WeightsError for
+    a folder in use and DamagedCheckpoint for a checkpoint that is not whole.
     """
     if out.exists() and any(out.iterdir()):
         raise WeightsError(f"{out}: exists and is not empty; choose a new folder, nothing was written")
@@ -130,9 +122,8 @@ def export_weights(
             if len(groups) == 1
             else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         )
-        tensors = {hf_name(name): _assemble(checkpoint, entries[name]) for name in names}
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        _write(out / file, {name: entries[name] for name in names}, checkpoint)
+        weight_map |= dict.fromkeys(map(hf_name, names), file)
         written.append(out / file)
     if len(groups) > 1:
         total = sum(_bytes(entry) for entry in entries.values())
@@ -147,6 +138,11 @@ def export_weights(
         shutil.copyfile(tokenizer, out / "tokenizer.json")
         written.append(out / "tokenizer.json")
     return written
+
+
+def _write(file: Path, entries: dict[str, TensorEntry], checkpoint: Path) -> None:
+    tensors = {hf_name(name): _assemble(checkpoint, entry) for name, entry in entries.items()}
+    save_file(tensors, file, metadata={"format": "pt"})  # freed on return, before the next file is read
 
 
 def _group(entries: dict[str, TensorEntry]) -> Iterator[list[str]]:

@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.llama_config import LlamaConfig
 from ..models.registry import build_model
-from ..parallel.recompute import KEPT, apply_recompute
+from ..parallel.mesh import FoldedMesh, pretended_mesh
+from ..parallel.parallelize import Workings, lay_out
+from ..parallel.recompute import KEPT
+from ..parallel.schedules import order_of
 from ..parallel.shard import blocks_of
 from .data.loader import Batch
 from .data.tokenizer import resolve_tokenizer
@@ -50,36 +53,88 @@ class RankMemory:
 
 
 def estimate_memory(plan: RunPlan) -> RankMemory:
-    """Memory of a rank of `plan`. Raises what building the model or reading the tokenizer raises."""
+    """Memory of the fullest rank of `plan`. Raises what building the model or reading the tokenizer does."""
+    vocab_size = resolve_tokenizer(plan.config.data).vocab_size
+    return max((_of_rank(plan, vocab_size, rank) for rank in range(plan.layout.pp)), key=lambda m: m.total)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Numbers of one stage of a pipeline, or of the whole model without one."""
+
+    numbers: int  # of its parameters, cut by tensor parallelism
+    largest: int  # of its largest block, or of what is in none
+    outside: int  # of what is in no block
+    share: int  # that a rank keeps of them
+    kept: list[int]  # bytes for the backward pass of a micro-batch
+
+
+def _of_rank(plan: RunPlan, vocab_size: int, pp_rank: int) -> RankMemory:
+    """The first rank of a pipeline rank; others hold as much, or less where sizes are uneven."""
     config, layout = plan.config, plan.layout
-    fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
-    vocab_size = resolve_tokenizer(config.data).vocab_size
-    batch = _pretended_batch(config.batch.micro(layout.dp_size), config.data.seq_len)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config.model.family, fields, vocab_size=vocab_size, kernels=config.kernels)
-        if config.precision.compute == "bf16":
-            _cast(model, torch.bfloat16)
-        blocks = blocks_of(model)
-        apply_recompute(blocks, config.parallel.recompute)
-        kept = saved_bytes(model, batch, recompute=config.parallel.recompute)
-    count = _numbers(model)
-    per_block = [_numbers(block) for block in blocks]
-    largest = max([count - sum(per_block), *per_block])
+    mesh = pretended_mesh(layout, torch.device("cpu"), pp_rank=pp_rank)
+    stages = {stage: _stage(plan, mesh, vocab_size, stage) for stage in layout.stages_of(pp_rank)}
+    share = sum(stage.share for stage in stages.values()) * FP32_BYTES
     width = 2 if config.precision.compute == "bf16" else FP32_BYTES
-    # the root is gathered for the whole step, one block beside it; whole copies in fp32 gather nothing new
-    gathered = 0
-    if layout.dp_shard > 1 or width != FP32_BYTES:
-        gathered = (count - sum(per_block) + largest) * width
-    share = sum(_largest_shard(p, layout.dp_shard) for p in model.parameters()) * FP32_BYTES
+    gathered, gradients = 0, share
+    sharded = layout.dp_shard * layout.cp > 1
+    if layout.pp > 1:
+        # a stage is gathered for the whole step, and its gradients are whole until all micro-batches are done
+        whole = sum(stage.numbers for stage in stages.values())
+        gathered = whole * width if sharded or width != FP32_BYTES else 0
+        gradients += whole * FP32_BYTES if sharded else 0
+    elif sharded or width != FP32_BYTES:
+        # the root is gathered for the whole step, one block beside it; whole copies in fp32 gather nothing
+        gathered = sum(stage.outside + stage.largest for stage in stages.values()) * width
     return RankMemory(
         parameters=share,
-        gradients=share,
+        gradients=gradients,
         optimizer=2 * share,
         gathered=gathered,
-        activations=sum(kept),
-        backward=max(kept, default=0),
+        activations=_most_kept(plan, pp_rank, {number: sum(stage.kept) for number, stage in stages.items()}),
+        backward=max((size for stage in stages.values() for size in stage.kept), default=0),
         checkpoint_copy=3 * share if plan.device == "cpu" else 0,
     )
+
+
+def _stage(plan: RunPlan, mesh: FoldedMesh, vocab_size: int, stage: int) -> _Stage:
+    config, layout = plan.config, plan.layout
+    fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
+    workings = Workings(recompute=config.parallel.recompute)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(config.model.family, fields, vocab_size=vocab_size, kernels=config.kernels)
+        lay_out(model, getattr(model, "plan", None), mesh, workings, stage=stage)
+        dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
+        _cast(model, dtype)
+        width: int = getattr(model, "width", 0)  # a model for a pipeline states it
+        batch = _pretended_batch(plan, first=stage == 0, width=width, dtype=dtype)
+        kept = saved_bytes(model, batch, recompute=config.parallel.recompute)
+    if stage < layout.stages - 1:  # what was sent on is held until its gradient comes back
+        rows, own = batch.labels.shape
+        kept.append(rows * own // layout.tp * width * dtype.itemsize)
+    blocks = blocks_of(model)
+    per_block = [_numbers(block) for block in blocks]
+    outside = _numbers(model) - sum(per_block)
+    shards = layout.dp_shard * layout.cp
+    return _Stage(
+        numbers=_numbers(model),
+        largest=max([outside, *per_block]),
+        outside=outside,
+        share=sum(_largest_shard(p, shards) for p in model.parameters()),
+        kept=kept,
+    )
+
+
+def _most_kept(plan: RunPlan, pp_rank: int, kept: dict[int, int]) -> int:
+    """The most bytes kept at once for backward passes, by what each stage keeps of a micro-batch."""
+    if plan.layout.pp == 1:
+        return sum(kept.values())
+    part = plan.config.batch.size // plan.layout.dp_size
+    held = most = 0
+    for step in order_of(plan.layout, part // plan.config.batch.micro(plan.layout))[pp_rank]:
+        held += kept[step.stage] * {"F": 1, "B": -1, "I": 0, "W": -1}[step.kind]
+        most = max(most, held)
+    return most
 
 
 def _largest_shard(parameter: torch.Tensor, shards: int) -> int:
@@ -139,7 +194,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Floating parameters in another dtype; `Module.to` cannot swap pretended ones."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
 
 
@@ -158,12 +213,17 @@ def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _pretended_batch(rows: int, seq_len: int) -> Batch:
-    positions = torch.arange(seq_len).expand(rows, seq_len)
+def _pretended_batch(plan: RunPlan, *, first: bool, width: int, dtype: torch.dtype) -> Batch:
+    """A micro-batch as a stage is given it: tokens at the first, then hidden states."""
+    rows, length = plan.config.batch.micro(plan.layout), plan.config.data.seq_len
+    own = length // plan.layout.cp
+    tokens = torch.zeros(rows, own, dtype=torch.int64)
+    if not first:
+        tokens = torch.zeros(rows, own // plan.layout.tp, width, dtype=dtype, requires_grad=True)
     return Batch(
-        tokens=torch.zeros(rows, seq_len, dtype=torch.int64),
-        labels=torch.zeros(rows, seq_len, dtype=torch.int64),
-        positions=positions,
-        document_ids=torch.zeros(rows, seq_len, dtype=torch.int32),
+        tokens=tokens,
+        labels=torch.zeros(rows, own, dtype=torch.int64),
+        positions=torch.arange(own).expand(rows, own),
+        document_ids=torch.zeros(rows, length, dtype=torch.int32),
         sample_ids=tuple(range(rows)),
     )

@@ -2,12 +2,16 @@
 checked.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..parallel.layout import Layout, LayoutError, make_layout
+from ..models.llama_config import LlamaConfig
+from ..parallel.fit import LayoutError, fits, make_layout
+from ..parallel.layout import AXES, Layout
+from ..parallel.limits import Load, ModelLimits
 from .config import ConfigError, RunConfig, Settings
 
 CPU_COMPILERS = ("g++", "clang++", "c++")  # what torch's inductor looks for
@@ -40,13 +44,27 @@ def plan_settings(settings: Settings, *, cpus: int, gpus: int) -> RunPlan:
     return plan
 
 
+def check_model(plan: RunPlan, model: ModelLimits | None) -> None:
+    """Compare the layout of `plan` with what a model of the user's says once it is there; None: it has no
+    plan. Raises `ConfigError` with every problem found.
+    """
+    load = replace(_load(plan.config), model=model)
+    try:
+        make_layout(plan.config.parallel, world_size=plan.layout.world_size, load=load)
+    except LayoutError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, list[tuple[str, str]]]:
     device: Literal["cpu", "cuda"] = "cuda" if config.run.device == "auto" and gpus else "cpu"
     if config.run.device != "auto":
         device = config.run.device
-    world_size = config.run.workers
+    most = gpus if device == "cuda" else min(cpus, MOST_AUTO_CPU_WORKERS)
+    load, world_size = _load(config), config.run.workers
+    or_worlds = range(0)
     if world_size == "auto":
-        world_size = _auto_workers(config, device, cpus, gpus)
+        world_size = _auto_workers(config, load, most)
+        or_worlds = range(1, most + 1)
     problems = list(_disagreements(config))
     if device == "cuda" and not gpus:
         problems.append(("run.device", 'is "cuda", but no GPU is there; set run.device="cpu" or "auto"'))
@@ -58,11 +76,9 @@ def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, li
         )
         problems.append(("kernels.compile", message))
     try:
-        layout = make_layout(config.parallel, world_size=world_size)
+        layout = make_layout(config.parallel, world_size=world_size, load=load, or_worlds=or_worlds)
     except LayoutError as error:
-        return None, [*problems, ("parallel.dp_shard", str(error))]
-    shares = config.batch.problems_with(layout.dp_size)
-    problems += [(f"batch.{key}", message) for key, message in shares]
+        return None, [*problems, *error.problems]
     run = replace(config.run, workers=world_size, device=device)
     return RunPlan(config=replace(config, run=run), layout=layout, device=device), problems
 
@@ -83,13 +99,27 @@ def _disagreements(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _auto_workers(config: RunConfig, device: str, cpus: int, gpus: int) -> int:
-    parallel = config.parallel
-    if parallel.dp_shard != -1:
-        return parallel.dp_replicate * parallel.dp_shard
-    most = gpus if device == "cuda" else min(cpus, MOST_AUTO_CPU_WORKERS)
-    # the largest number of ranks that the copies and the batch divide
-    fits = (
-        n for n in range(most, 0, -1) if n % parallel.dp_replicate == 0 and not config.batch.problems_with(n)
+def _load(config: RunConfig) -> Load:
+    """What a layout of `config` has to carry. A model of the user's own says its part when it is built."""
+    seq_len = config.data.seq_len
+    if isinstance(config.model, LlamaConfig):
+        model = config.model.limits(seq_len)
+    else:
+        model = ModelLimits(family=config.model.family, seq_len=seq_len)
+    batch = config.batch
+    return Load(
+        model=model,
+        batch_size=batch.size,
+        micro_size=batch.micro_size,
+        compiled=config.kernels.compile,
     )
-    return next(fits, max(1, parallel.dp_replicate))
+
+
+def _auto_workers(config: RunConfig, load: Load, most: int) -> int:
+    parallel = config.parallel
+    fixed = math.prod(getattr(parallel, axis) for axis in AXES if axis != "dp_shard")
+    if parallel.dp_shard != -1:
+        return fixed * parallel.dp_shard
+    # the largest number of ranks that the axes, the model and the batch fit
+    found = (n for n in range(most, 0, -1) if fits(parallel, world_size=n, load=load))
+    return next(found, fixed)

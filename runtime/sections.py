@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..parallel.layout import Layout
+from ..parallel.microbatches import micro_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
@@ -70,7 +73,9 @@ class BatchConfig:
     size: Annotated[int, "Sequences of one optimizer step, over all ranks.", "sequences"] = 32
     micro_size: Annotated[
         int,
-        "Sequences a rank takes at once; the rest of its part is accumulated. 0 takes them all.",
+        "Sequences a data parallel rank takes at once; the rest of its part is accumulated, or is in other "
+        "stages of the pipeline meanwhile. 0 takes them all, in a pipeline as many as leave twice as many "
+        "micro-batches as stages.",
         "sequences",
     ] = 0
 
@@ -80,34 +85,12 @@ class BatchConfig:
         if self.size < 1:
             found.append(("size", f"is {self.size}; must be at least 1"))
         if self.micro_size < 0:
-            found.append(("micro_size", f"is {self.micro_size}; must be 0 (all of a rank's part) or more"))
+            found.append(("micro_size", f"is {self.micro_size}; must be 0 (as many as are good) or more"))
         return found
 
-    def per_rank(self, dp_size: int) -> int:
-        """Sequences of one step on each data parallel rank."""
-        return self.size // dp_size
-
-    def micro(self, dp_size: int) -> int:
+    def micro(self, layout: Layout) -> int:
         """Sequences of one micro-batch."""
-        return self.micro_size or self.per_rank(dp_size)
-
-    def problems_with(self, dp_size: int) -> list[tuple[str, str]]:
-        """What does not fit `dp_size` data parallel ranks, in the form of `problems`."""
-        if self.size % dp_size:
-            nearest = max(dp_size, round(self.size / dp_size) * dp_size)
-            why = f"{dp_size} data parallel ranks cannot share equally; use {nearest}"
-            return [("size", f"is {self.size}, which {why}")]
-        part = self.per_rank(dp_size)
-        if self.micro_size and part % self.micro_size:
-            divisors = [d for d in range(1, part + 1) if part % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - self.micro_size))
-            return [
-                (
-                    "micro_size",
-                    f"is {self.micro_size}, which does not divide a rank's {part} sequences; use {nearest}",
-                )
-            ]
-        return []
+        return self.micro_size or micro_size(layout, self.size // layout.dp_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,16 @@
-"""The state of a run as one named, layout-independent dict of tensors, and its progress as plain values.
+"""The state of a run as named boxes of layout-independent tensors, and its progress as plain values.
 
 Tensors are named by their place in the unsharded model (`model.<name>`, `optim.<moment>.<name>`) and have
-global shapes. What is a pure function of the step (learning rate, random streams, order of samples) is not
-stored: the step and the cursor are.
+the shapes that they have there. What is a pure function of the step (learning rate, random streams, order of
+samples) is not stored: the step and the cursor are.
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
+from ..parallel.model import Sharded
 from .optim.adamw import ShardedAdamW
+from .part import Part
 
 
 @dataclass
@@ -27,14 +26,20 @@ class Progress:
 class TrainState:
     """Model, optimizer and progress: all that a checkpoint holds."""
 
-    model: nn.Module
+    model: Sharded
     optimizer: ShardedAdamW
     progress: Progress
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, sharing memory with the run: loading writes into it."""
-        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return named | {f"optim.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+    def parts(self) -> list[Part]:
+        """All that this rank holds, sharing memory with the run: loading writes into it.
+
+        A name that is held twice comes twice.
+        """
+        return [
+            *(Part.of(held, f"model.{held.name}") for held in self.model.held),
+            *(Part.whole(f"model.{name}", buffer) for name, buffer in self.model.buffers.items()),
+            *self.optimizer.parts("optim."),
+        ]
 
     def progress_values(self) -> dict[str, Any]:
         """Progress as JSON values."""

@@ -16,9 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..kernels.adamw import square_sum
-from ..kernels.config import Path
 from ..parallel.collectives import sum_over
+from ..parallel.context import ContextSplit
 from ..parallel.mesh import FoldedMesh
+from ..parallel.model import Sharded
 from .data.loader import Batch
 from .data.packing import IGNORED
 from .optim.adamw import ShardedAdamW
@@ -50,48 +51,58 @@ class StepResult:
         return self.loss_sum / max(self.tokens, 1)
 
 
-def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum of the cross-entropy of all valid tokens of a micro-batch, in fp32: a scalar."""
-    where = {"positions": batch.positions, "document_ids": batch.document_ids}
-    if getattr(model, "computes_loss", False):
-        return model(batch.tokens, **where, labels=batch.labels)
-    logits = model(batch.tokens, **where)
+def token_loss(part: nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum of the cross-entropy of all valid tokens of a micro-batch that this rank has, in fp32: a scalar."""
+    if getattr(part, "computes_loss", False):
+        return part(batch.tokens, **_where(batch), labels=batch.labels)
+    logits = part(batch.tokens, **_where(batch))
     return F.cross_entropy(
         logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum", ignore_index=IGNORED
     )
 
 
+def pipeline_inputs(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the first stage takes, and what every stage does."""
+    return batch.tokens, {**_where(batch), "labels": batch.labels}
+
+
+def _where(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"positions": batch.positions, "document_ids": batch.document_ids}
+
+
 def train_step(
-    model: nn.Module,
+    model: Sharded,
     optimizer: ShardedAdamW,
     microbatches: Sequence[Batch],
-    mesh: FoldedMesh,
     *,
     lr: float,
     clip_norm: float | None,
     stop: bool = False,
 ) -> StepResult:
-    """Train on this rank's micro-batches of one step; every rank of `mesh.data` must call it with as many."""
-    counts = torch.tensor([_valid_tokens(microbatches), int(stop)], dtype=torch.int64, device=mesh.device)
-    pending = sum_over(counts, mesh.data, wait=False)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    waited = 0.0
-    for number, batch in enumerate(microbatches):
-        _reduce_when_last(model, mesh, last=number == len(microbatches) - 1)
-        loss = token_loss(model, batch)
-        if pending is not None:
-            waited += _wait(pending)
-            pending = None
-        (loss / counts[0].clamp(min=1)).backward()
-        loss_sum += loss.detach()
-    grads = optimizer.gradients()
-    sums = torch.stack([loss_sum, _square_sum(grads, mesh, optimizer.path)])
+    """Train on this rank's micro-batches of one step; every rank of the mesh must call it with as many.
+
+    Ranks that share samples are all given the same rows, whole.
+    """
+    mesh = model.mesh
+    tokens = _valid_tokens(microbatches) if mesh.speaks else 0
+    counts = torch.tensor([tokens, int(stop)], dtype=torch.int64, device=mesh.device)
+    pending = sum_over(counts, mesh.world, wait=False)
+    microbatches = [part_of(batch, model.context) for batch in microbatches]
+    if model.pipeline is not None:
+        waited = _wait(pending)
+        loss_sum = model.pipeline.run([*map(pipeline_inputs, microbatches)], counts[0].clamp(min=1))
+    else:
+        loss_sum, waited = _forward_backward(model.parts[0], microbatches, counts, pending, mesh)
+    model.sum_shared()
+    # each rank adds what no other does; the loss is the same on all tensor parallel ranks
+    own_loss = loss_sum if mesh.tp.rank == 0 else torch.zeros_like(loss_sum)
+    sums = torch.stack([own_loss, _square_sum(optimizer, mesh)])
     started = time.perf_counter()
-    sum_over(sums, mesh.data)
+    sum_over(sums, mesh.world)
     waited += time.perf_counter() - started
     grad_norm = sums[1].sqrt()
     if clip_norm is not None:
-        _clip(grads, clip_norm / (grad_norm + CLIP_EPS))
+        _clip(optimizer.gradients(), clip_norm / (grad_norm + CLIP_EPS))
     optimizer.step(lr)
     # read by the host only now that all of the step is launched: a GPU is waited for once a step
     loss_value, norm_value = torch.stack([sums[0], grad_norm]).tolist()
@@ -101,6 +112,26 @@ def train_step(
     return StepResult(
         loss_sum=loss_value, tokens=tokens, grad_norm=norm_value, exposed_comm_s=waited, stop=stops > 0
     )
+
+
+def _forward_backward(
+    part: nn.Module,
+    microbatches: Sequence[Batch],
+    counts: torch.Tensor,
+    pending: torch.distributed.Work | None,
+    mesh: FoldedMesh,
+) -> tuple[torch.Tensor, float]:
+    """(sum of losses in fp64, seconds waited for the count, which travels during the first forward pass)."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    waited = 0.0
+    for number, batch in enumerate(microbatches):
+        _reduce_when_last(part, mesh, last=number == len(microbatches) - 1)
+        loss = token_loss(part, batch)
+        if number == 0:
+            waited = _wait(pending)
+        (loss / counts[0].clamp(min=1)).backward()
+        loss_sum += loss.detach()
+    return loss_sum, waited
 
 
 def _clip(grads: list[torch.Tensor], scale: torch.Tensor) -> None:
@@ -133,13 +164,22 @@ def _valid_tokens(microbatches: Sequence[Batch]) -> int:
     return sum(int((batch.labels != IGNORED).sum()) for batch in microbatches)
 
 
-def _square_sum(grads: list[torch.Tensor], mesh: FoldedMesh, path: Path) -> torch.Tensor:
-    """This rank's part of the squared global norm, in fp64; replicas hold equal shards, so each gives its
-    part.
-    """
-    if not grads:
-        return torch.zeros((), dtype=torch.float64, device=mesh.device)
-    return square_sum(grads, path) / mesh.layout.dp_replicate
+def part_of(batch: Batch, context: ContextSplit) -> Batch:
+    """What this rank has of a micro-batch whose sequences are shared; document ids stay whole."""
+    return replace(
+        batch,
+        tokens=context.local(batch.tokens),
+        labels=context.local(batch.labels),
+        positions=context.local(batch.positions),
+    )
+
+
+def _square_sum(optimizer: ShardedAdamW, mesh: FoldedMesh) -> torch.Tensor:
+    """This rank's part of the squared global norm, in fp64; each copy counts with its share."""
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for counted, grads in optimizer.gradients_by_share():
+        total += counted * square_sum(grads, optimizer.path)
+    return total
 
 
 def _reduce_when_last(model: nn.Module, mesh: FoldedMesh, *, last: bool) -> None:
@@ -147,12 +187,13 @@ def _reduce_when_last(model: nn.Module, mesh: FoldedMesh, *, last: bool) -> None
     each time.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(last)
-        model.set_requires_gradient_sync(last or mesh.layout.dp_shard > 1)
+        model.set_requires_gradient_sync(last or mesh.layout.dp_shard * mesh.layout.cp > 1)
+        model.set_requires_all_reduce(last)  # behind the other, which says this too
         model.set_is_last_backward(last)
 
 
-def _wait(work: torch.distributed.Work) -> float:
+def _wait(work: torch.distributed.Work | None) -> float:
     started = time.perf_counter()
-    work.wait()
+    if work is not None:
+        work.wait()
     return time.perf_counter() - started

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..models.llama_config import LlamaConfig
-from ..models.registry import build_model
+from ..models.registry import build_model, limits_of
 from ..parallel.mesh import FoldedMesh, make_mesh
-from ..parallel.parallelize import parallelize
+from ..parallel.model import Sharded
+from ..parallel.parallelize import Workings, parallelize
 from .checkpoint.checkpoint import Checkpointer, CheckpointNotWritten
 from .checkpoint.shelf import Shelf
 from .corpus import Corpus, open_corpus
@@ -33,7 +34,7 @@ from .journal import EventKind
 from .measure import memory_bytes
 from .optim.adamw import ShardedAdamW
 from .optim.schedule import learning_rate
-from .plan import RunPlan
+from .plan import RunPlan, check_model
 from .state import Progress, TrainState
 from .step import NonFiniteLoss, NonFinitePeer, StepResult, on_device, train_step
 
@@ -79,7 +80,8 @@ class Trainer:
         """Train to the end, or until some rank's stop event is set; the last step reached has a durable
         checkpoint.
         """
-        mesh = make_mesh(self._plan.layout, _device(self._plan.device))
+        timeout = timedelta(seconds=self._config.run.collective_timeout_s)
+        mesh = make_mesh(self._plan.layout, _device(self._plan.device), timeout=timeout)
         self.phase = "reading the data"
         corpus = open_corpus(
             self._config.data,
@@ -109,9 +111,9 @@ class Trainer:
             corpus.dataset,
             cursor=state.progress.cursor,
             batch_size=self._config.batch.size,
-            dp_rank=mesh.data_rank,
-            dp_size=mesh.layout.dp_size,
-            micro_size=self._config.batch.micro(mesh.layout.dp_size),
+            dp_rank=mesh.data.rank,
+            dp_size=mesh.data.size,
+            micro_size=self._config.batch.micro(mesh.layout),
             prefetch=self._config.data.prefetch,
         )
         with loader:
@@ -128,11 +130,11 @@ class Trainer:
         self.step, self.phase = state.progress.step + 1, "training"
         batches = [on_device(batch, mesh.device) for batch in loader.next()]
         data_wait_s = time.perf_counter() - started
-        seed_step(config.run.seed, self.step, mesh.data_rank)
+        seed_step(config.run.seed, self.step, mesh.data.rank)
         lr = learning_rate(config.optim, step=self.step, steps=config.run.steps)
         clip_norm = config.optim.clip_norm if config.optim.clip == "norm" else None
         result = train_step(
-            state.model, state.optimizer, batches, mesh, lr=lr, clip_norm=clip_norm, stop=self._stop.is_set()
+            state.model, state.optimizer, batches, lr=lr, clip_norm=clip_norm, stop=self._stop.is_set()
         )
         state.progress = Progress(self.step, loader.cursor, state.progress.tokens + result.tokens)
         last = self.step == config.run.steps or result.stop
@@ -147,21 +149,19 @@ class Trainer:
         self._tell_failed_save(checkpointer)
         return result.stop
 
-    def _validate(
-        self, mesh: FoldedMesh, corpus: Corpus, model: nn.Module, *, last: bool
-    ) -> Validation | None:
+    def _validate(self, mesh: FoldedMesh, corpus: Corpus, model: Sharded, *, last: bool) -> Validation | None:
         every = self._config.run.eval_every
         if not every or (self.step % every and not last):
             return None
         self.phase = "validating"
         batches = val_batches(
             corpus.dataset,
-            dp_rank=mesh.data_rank,
-            dp_size=mesh.layout.dp_size,
-            micro_size=self._config.batch.micro(mesh.layout.dp_size),
+            dp_rank=mesh.data.rank,
+            dp_size=mesh.data.size,
+            micro_size=self._config.batch.micro(mesh.layout),
             limit=self._config.run.eval_samples or None,
         )
-        return evaluate(model, batches, mesh, corpus.tokenizer.token_bytes)
+        return evaluate(model, batches, corpus.tokenizer.token_bytes)
 
     def _record(
         self,
@@ -197,21 +197,22 @@ class Trainer:
         build: Callable[[], nn.Module] = lambda: build_model(  # noqa: E731 (called by parallelize)
             config.model.family, fields, vocab_size=corpus.tokenizer.vocab_size, kernels=config.kernels
         )
-        model = parallelize(
-            build,
-            mesh,
-            seed=config.run.seed,
+        with torch.device("meta"):  # what a plan of the user's model says is known only now
+            limits = limits_of(build(), family=config.model.family, seq_len=config.data.seq_len)
+        check_model(self._plan, limits)
+        workings = Workings(
             compute=config.precision.compute,
             recompute=config.parallel.recompute,
             compiled=config.kernels.compile,
         )
+        model = parallelize(build, mesh, seed=config.run.seed, workings=workings)
         optimizer = ShardedAdamW(model, config.optim, path=config.kernels.of("adamw"))
         return TrainState(model, optimizer, Progress())
 
     def _make_checkpointer(self, mesh: FoldedMesh) -> Checkpointer:
         config = self._config
         shelf = Shelf(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
-        if mesh.data_rank == 0:
+        if mesh.world.rank == 0:
             shelf.clear_leftovers()
         # the writing thread needs collectives of its own: on the training group they would mix with the
         # step's
@@ -222,7 +223,7 @@ class Trainer:
             self._recorder.event("checkpoint", step, seconds=seconds)
             self._recorder.flush()  # a step before a checkpoint is never missing from the record
 
-        return Checkpointer(shelf, everyone=mesh.data, group=group, on_commit=committed)
+        return Checkpointer(shelf, everyone=mesh.world, group=group, device=mesh.device, on_commit=committed)
 
     def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> None:
         self.phase = "loading a checkpoint"
@@ -230,9 +231,9 @@ class Trainer:
         loaded = checkpointer.load(state)
         if loaded is None:
             if isinstance(self._config.model, LlamaConfig) and self._config.model.init_from:
-                load_weights(state.model, Path(self._config.model.init_from))
+                load_weights(state.model.held, Path(self._config.model.init_from))
             return
-        if mesh.data_rank == 0:
+        if mesh.world.rank == 0:
             for problem in loaded.damaged:
                 self._recorder.event(
                     "fault", loaded.step, **{"class": "damaged_checkpoint", "message": problem}
@@ -246,7 +247,7 @@ class Trainer:
             )
 
     def _tell_skipped(self, mesh: FoldedMesh, corpus: Corpus) -> None:
-        if mesh.data_rank == 0 and corpus.is_new:
+        if mesh.world.rank == 0 and corpus.is_new:
             for skip in corpus.index.skipped:
                 message = f"{skip.path} {skip.where}: {skip.reason}"
                 self._recorder.event(

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.tensor import DTensor
 
 from ...parallel.collectives import gather_json
-from ..optim.adamw import local_of
+from ...parallel.mesh import Axis
+from ..part import Part
 from ..state import TrainState
 from .format import DamagedCheckpoint, read_index
+from .planners import PartLoadPlanner, PartSavePlanner, by_name
 from .shelf import Shelf
 from .storage import FolderReader, FolderWriter
 
@@ -55,20 +55,23 @@ class Checkpointer:
         self,
         shelf: Shelf,
         *,
-        everyone: dist.ProcessGroup,
+        everyone: Axis,
         group: dist.ProcessGroup,
+        device: torch.device,
         on_commit: Callable[[int, float], None],
     ) -> None:
-        """`everyone` loads; `group`, of the same ranks, is used by the writing thread alone.
+        """`everyone` loads, with `device` to talk over; `group`, of the same ranks, is used by the writing
+        thread alone.
 
         `on_commit(step, seconds)` runs on rank 0 just before a checkpoint counts.
         """
         self._shelf = shelf
         self._everyone = everyone
         self._group = group
+        self._device = device
         self._on_commit = on_commit
-        self._copies: dict[str, torch.Tensor] = {}
-        self._staged: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+        self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._staged: tuple[list[Part], dict[str, Any]] | None = None
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None  # what stopped the last write, the same on every rank
         self._untold: Exception | None = None
@@ -84,7 +87,7 @@ class Checkpointer:
         started = time.perf_counter()
         self._join()
         self._error = None
-        self._staged = self._copy(state.tensors()), state.progress_values()
+        self._staged = self._copy(state.parts()), state.progress_values()
         return time.perf_counter() - started
 
     def write(self) -> None:
@@ -114,20 +117,27 @@ class Checkpointer:
         Raises NoCheckpointLeft when there are some and all are damaged (starting anew would bury them), and
         CheckpointMismatch when one is whole and of another model.
         """
-        device = next(state.model.parameters()).device
-        candidates: list[int] = gather_json(self._shelf.steps(), self._everyone, device)[0]
+        candidates: list[int] = gather_json(self._shelf.steps(), self._everyone, self._device)[0]
         damaged: list[str] = []
         for step in candidates:
             folder = self._shelf.path(step)
-            tensors = state.tensors()
-            looked: dict[str, Any] = gather_json(_look(folder, tensors), self._everyone, device)[0]
+            parts = state.parts()
+            # ranks hold different names: what one of them misses, the others must hear of
+            looked: dict[str, Any] = {}
+            for found in reversed(gather_json(_look(folder, parts), self._everyone, self._device)):
+                looked |= found
             if "mismatch" in looked:
                 raise CheckpointMismatch(f"{folder}: {looked['mismatch']}")
             if "damage" in looked:
                 damaged.append(f"step {step}: {looked['damage']}")
                 continue
             try:
-                dcp.load(tensors, storage_reader=FolderReader(folder))
+                dcp.load(
+                    by_name(parts),
+                    storage_reader=FolderReader(folder),
+                    planner=PartLoadPlanner(),
+                    process_group=self._everyone.group,
+                )
             except CheckpointException as error:
                 damaged.append(f"step {step}: {_first_cause(error)}")
                 continue
@@ -140,7 +150,7 @@ class Checkpointer:
             )
         return None
 
-    def _write(self, copies: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+    def _write(self, copies: list[Part], progress: dict[str, Any]) -> None:
         started = time.perf_counter()
         partial = self._shelf.partial(progress["step"])
 
@@ -149,9 +159,13 @@ class Checkpointer:
             self._shelf.commit(folder)
 
         try:
-            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=False)
             writer = FolderWriter(partial, progress, commit)
-            dcp.save(copies, storage_writer=writer, planner=planner, process_group=self._group)
+            dcp.save(
+                by_name(copies),
+                storage_writer=writer,
+                planner=PartSavePlanner(),
+                process_group=self._group,
+            )
         except (
             BaseException
         ) as error:  # a thread's error is seen by nobody: kept for the rank, whatever it is
@@ -164,35 +178,29 @@ class Checkpointer:
             self._writing.join()  # bounded by the collective timeout of the group
             self._writing = None
 
-    def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies in host memory, laid out as the originals; the memory is kept for the next save."""
-        staged = {}
-        for name, tensor in tensors.items():
-            local = local_of(tensor)
-            if name not in self._copies:
-                self._copies[name] = torch.empty_like(local, device="cpu")
-            self._copies[name].copy_(local)
-            # from_local would move the copy back to the mesh's device
-            copy = self._copies[name]
-            staged[name] = (
-                DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
-            )
-        return staged
+    def _copy(self, parts: list[Part]) -> list[Part]:
+        """Copies in host memory of all that there is to write; the memory is kept for the next save."""
+        boxes = {(part.name, part.offsets): part for part in parts if part.at_rest}
+        for box, part in boxes.items():
+            if box not in self._copies:
+                self._copies[box] = torch.empty_like(part.tensor, device="cpu")
+            self._copies[box].copy_(part.tensor)
+        return [replace(part, tensor=self._copies[box]) for box, part in boxes.items()]
 
 
-def _look(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _look(folder: Path, parts: list[Part]) -> dict[str, Any]:
     """What the index of a checkpoint says: its progress, its damage, or why it is none of this model."""
     try:
         index = read_index(folder)
     except DamagedCheckpoint as error:
         return {"damage": str(error)}
-    for name, tensor in tensors.items():
-        stored = index.tensors.get(name)
+    for part in parts:
+        stored = index.tensors.get(part.name)
         if stored is None:
-            return {"mismatch": f"holds no {name}, which this model has; choose another run.dir"}
-        if stored.shape != tuple(tensor.shape):
-            shapes = f"{list(stored.shape)}, which is {list(tensor.shape)} in this model"
-            return {"mismatch": f"holds {name} as {shapes}; choose another run.dir"}
+            return {"mismatch": f"holds no {part.name}, which this model has; choose another run.dir"}
+        if stored.shape != part.shape:
+            shapes = f"{list(stored.shape)}, which is {list(part.shape)} in this model"
+            return {"mismatch": f"holds {part.name} as {shapes}; choose another run.dir"}
     return {"progress": index.progress}
 
 

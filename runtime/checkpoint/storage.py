@@ -1,8 +1,7 @@
-"""torch's distributed checkpoint over the folder of `format.py`: its planners decide who writes and reads
-what.
+"""torch's distributed checkpoint over the folder of `format.py`: planners decide who writes and reads what.
 
-The planners shard, deduplicate replicas and reshard on load; these two classes only move bytes. torch's own
-file storage is not used because it keeps its metadata as a pickle and has no checksums.
+They shard, deduplicate replicas and reshard on load (`planners.py`); these two classes only move bytes.
+torch's own file storage is not used because it keeps its metadata as a pickle and has no checksums.
 """
 
 import os

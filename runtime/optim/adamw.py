@@ -6,22 +6,27 @@ made, their moments into two more: the model's own tensors become views of it. G
 are copied side by side just before their buffer is updated. A large shard stays where it is: its update is
 worth a call, a copy of its gradient is not.
 
-At rest every moment is a DTensor again, named like its parameter.
+With a `Memory`, all of it lies there: parameters, large ones too, moments and the model's buffers, in an
+order that follows from the model alone. What an earlier life left there is taken as it is.
+
+At rest a moment is a box of a whole tensor, as its parameter is, and named after it.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...kernels.adamw import FlatLayout, adamw_, aligned, moment_dtype, share_buffers
 from ...kernels.config import Path
+from ...parallel.model import Sharded
+from ..part import Part, local_of
 from .config import OptimConfig
+from .shards import Memory, Shard, settle_buffer, shards_of, zeros_in
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,49 +38,13 @@ BUFFER_BYTES = {"cpu": 2 * 1024**2}
 BUFFER_BYTES_ELSEWHERE = 64 * 1024**2
 
 
-@dataclass
-class _Shard:
-    """One parameter and the plain tensor that shares its local memory."""
-
-    name: str
-    parameter: nn.Parameter
-    local: torch.Tensor
-    fsdp: Any = None  # what FSDP keeps of it, see `_kept_by_fsdp`
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def room(self) -> int:
-        """Elements that its memory must have: FSDP gathers shards of one size, the last ones padded."""
-        return self.fsdp._sharded_param_data.numel() if self.fsdp is not None else self.local.numel()
-
-    @property
-    def movable(self) -> bool:
-        """Whether its memory may be replaced: a plain tensor, or one of FSDP's that is nothing special."""
-        if isinstance(self.parameter, DTensor):
-            return self.fsdp is not None and type(self.local) is torch.Tensor and not self.fsdp.offload_to_cpu
-        return type(self.parameter) is nn.Parameter
-
-    def move(self, home: torch.Tensor) -> None:
-        """Copy the numbers into `home` [room], zero so far, and let everyone use them there."""
-        local = home[: self.local.numel()].view(self.local.shape)
-        local.copy_(self.local)
-        assert self.movable, f"the shard of {self.name} is contiguous, or nobody else holds it"
-        if isinstance(self.parameter, DTensor):
-            # both, as FSDP has them: the memory that it gathers from, and the part of it that is no padding
-            self.fsdp._sharded_param_data = home
-            self.parameter._local_tensor = local
-        else:
-            self.parameter.data = local
-        self.local = local
-
-
 Update = tuple[int, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
 
 class _Group:
     """Shards of one kind: which update of each is due, counted apart as a parameter may miss its gradient."""
 
-    def __init__(self, shards: Sequence[_Shard], weight_decay: float) -> None:
+    def __init__(self, shards: Sequence[Shard], weight_decay: float) -> None:
         self.weight_decay = weight_decay
         self.shards = shards
         self.parameters = [shard.parameter for shard in shards]
@@ -102,15 +71,19 @@ class _Group:
 
 
 class _Alone(_Group):
-    """Large shards, each where it is: [numel] each."""
+    """Large shards, each in memory of its own, without a `Memory` where it is: [numel] each."""
 
-    def __init__(self, shards: Sequence[_Shard], weight_decay: float) -> None:
+    def __init__(self, shards: Sequence[Shard], weight_decay: float, memory: Memory | None) -> None:
         super().__init__(shards, weight_decay)
         for shard in shards:
-            if not shard.local.is_contiguous():
+            if memory is not None:
+                shard.settle(memory)
+            elif not shard.local.is_contiguous():
                 shard.move(shard.local.new_zeros(shard.local.numel()))
-            dtype = moment_dtype(shard.local.dtype)
-            shard.moments = {moment: torch.zeros_like(shard.local, dtype=dtype) for moment in MOMENTS}
+            dtype, numel, shape = moment_dtype(shard.local.dtype), shard.local.numel(), shard.local.shape
+            for moment in MOMENTS:
+                flat, _ = zeros_in(memory, numel, like=shard.local, dtype=dtype)
+                shard.moments[moment] = flat.view(shape)
         self.flat = [shard.local.view(-1) for shard in shards]
         self.moments = [[shard.moments[moment].view(-1) for shard in shards] for moment in MOMENTS]
 
@@ -126,16 +99,17 @@ class _Alone(_Group):
 class _Shared(_Group):
     """Small shards that moved into one buffer: parameters and moments [layout.numel], padding zero."""
 
-    def __init__(self, shards: Sequence[_Shard], weight_decay: float) -> None:
+    def __init__(self, shards: Sequence[Shard], weight_decay: float, memory: Memory | None) -> None:
         super().__init__(shards, weight_decay)
         first = shards[0].local
         self.layout = FlatLayout.of([s.local.shape for s in shards], [s.room for s in shards])
         self.has_gaps = self.layout.has_gaps
-        self.flat = first.new_zeros(self.layout.numel)
+        self.flat, kept = zeros_in(memory, self.layout.numel, like=first)
         for shard, start in zip(shards, self.layout.starts, strict=True):
-            shard.move(self.flat[start : start + shard.room])
+            shard.move(self.flat[start : start + shard.room], kept=kept)
         dtype = moment_dtype(first.dtype)
-        self.moments = [torch.zeros_like(self.flat, dtype=dtype) for _ in MOMENTS]
+        homes = (zeros_in(memory, self.layout.numel, like=first, dtype=dtype) for _ in MOMENTS)
+        self.moments = [home for home, _ in homes]
         for moment, flat in zip(MOMENTS, self.moments, strict=True):
             for shard, view in zip(shards, self.layout.views(flat), strict=True):
                 shard.moments[moment] = view
@@ -162,28 +136,44 @@ class _Shared(_Group):
 
 
 class ShardedAdamW:
-    """AdamW over every trainable parameter of `model`; only matrices decay, norms and biases do not."""
+    """AdamW over every trainable parameter of `model`; only matrices decay, norms and biases do not.
 
-    def __init__(self, model: nn.Module, config: OptimConfig, *, path: Path = "auto") -> None:
-        """May move the memory of small parameters: views taken of it before are views no longer."""
+    A parameter that this rank holds twice is updated twice, from equal gradients to equal numbers.
+    """
+
+    def __init__(
+        self, model: Sharded, config: OptimConfig, *, path: Path = "auto", memory: Memory | None = None
+    ) -> None:
+        """May move the memory of small parameters: views taken of it before are views no longer.
+
+        With a `memory`, which must have room for all that `memory_needed` says, everything moves into it.
+        """
         self._config = config
         self.path = path
-        kept = _kept_by_fsdp(model)
-        self._shards = [
-            _Shard(name, p, local_of(p).detach(), kept.get(id(p)))
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        ]
-        held = [shard for shard in self._shards if shard.local.numel()]
-        self._held = [shard.parameter for shard in held]
+        shards = shards_of(model.held, model.parts)
+        self._shards = [shard for shard in shards if shard.parameter.requires_grad]
+        filled = [shard for shard in self._shards if shard.local.numel()]
+        self._filled = [shard.parameter for shard in filled]
+        self._shares: dict[float, list[nn.Parameter]] = {}
+        for shard in filled:
+            self._shares.setdefault(shard.held.counted, []).append(shard.parameter)
         # a small tensor may leave some ranks without a part
         self._empty = [shard.parameter for shard in self._shards if not shard.local.numel()]
-        self._groups = _groups(held, config.weight_decay)
+        self._groups = _groups(filled, config.weight_decay, memory)
+        if memory is not None:
+            for shard in _frozen(shards):
+                shard.settle(memory)
+            for buffer in model.buffers.values():
+                settle_buffer(buffer, memory)
 
     def gradients(self) -> list[torch.Tensor]:
         """The local gradients that exist, as plain tensors sharing memory with the model's."""
-        grads = [parameter.grad for parameter in self._held]
-        return [local_of(grad) for grad in grads if grad is not None]
+        return _local_gradients(self._filled)
+
+    def gradients_by_share(self) -> list[tuple[float, list[torch.Tensor]]]:
+        """The same in lists of those that count equally much in sums over all ranks (`Held.counted`)."""
+        shares = ((counted, _local_gradients(those)) for counted, those in self._shares.items())
+        return [(counted, grads) for counted, grads in shares if grads]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -205,15 +195,15 @@ class ShardedAdamW:
         for parameter in self._empty:
             parameter.grad = None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter by name, sharded as the parameter is; loading writes into them."""
-        return {
-            f"{moment}.{shard.name}": like(
-                shard.parameter, shard.moments[moment] if shard.moments else torch.zeros_like(shard.local)
-            )
-            for shard in self._shards
-            for moment in MOMENTS
-        }
+    def parts(self, prefix: str = "") -> list[Part]:
+        """Both moments of every parameter as `<prefix><moment>.<name>`; loading writes into them."""
+        parts = []
+        for shard in self._shards:
+            part = Part.of(shard.held, shard.held.name)
+            for moment in MOMENTS:
+                tensor = shard.moments[moment] if shard.moments else torch.zeros_like(shard.local)
+                parts.append(replace(part, name=f"{prefix}{moment}.{part.name}", tensor=tensor))
+        return parts
 
     def set_steps(self, steps: int) -> None:
         """Tell the bias correction how many updates were made."""
@@ -221,64 +211,69 @@ class ShardedAdamW:
             group.steps = [steps] * len(group.parameters)
 
 
-def _groups(shards: Sequence[_Shard], weight_decay: float) -> list[_Group]:
-    """`shards`, none of which is empty, by how they are updated: only what has rows and columns decays."""
-    small: list[_Shard] = []
-    large: dict[tuple[Any, ...], list[_Shard]] = {}
+def memory_needed(model: Sharded) -> list[tuple[int, torch.dtype]] | None:
+    """(elements, dtype) of all that `ShardedAdamW` takes of a `Memory`, in order; None where some tensor must
+    stay where it is.
+    """
+    shards = shards_of(model.held, model.parts)
+    filled = [shard for shard in shards if shard.local.numel()]
+    if not all(shard.movable for shard in filled):
+        return None
+    needed: list[tuple[int, torch.dtype]] = []
+    together, alone = _divided([shard for shard in filled if shard.parameter.requires_grad])
+    for group in together:
+        numel, dtype = (
+            FlatLayout.of([s.local.shape for s in group], [s.room for s in group]).numel,
+            group[0].local.dtype,
+        )
+        needed += [(numel, dtype), *[(numel, moment_dtype(dtype))] * len(MOMENTS)]
+    for shard in itertools.chain.from_iterable(alone):
+        dtype = shard.local.dtype
+        needed += [(shard.room, dtype), *[(shard.local.numel(), moment_dtype(dtype))] * len(MOMENTS)]
+    needed += [(shard.room, shard.local.dtype) for shard in _frozen(shards)]
+    return needed + [(buffer.numel(), buffer.dtype) for buffer in model.buffers.values()]
+
+
+def _frozen(shards: Iterable[Shard]) -> list[Shard]:
+    return [shard for shard in shards if shard.local.numel() and not shard.parameter.requires_grad]
+
+
+def _divided(shards: Sequence[Shard]) -> tuple[list[list[Shard]], list[list[Shard]]]:
+    """(those that share buffers, those that are large by their kind) of `shards`, none of which is empty."""
+    small: list[Shard] = []
+    large: dict[tuple[Any, ...], list[Shard]] = {}
     for shard in shards:
         limit = SMALL_BYTES.get(shard.local.device.type, SMALL_BYTES_ELSEWHERE)
         if shard.movable and shard.room * shard.local.itemsize <= limit:
             small.append(shard)
         else:
             large.setdefault(_kind(shard), []).append(shard)
-    decays = {True: weight_decay, False: 0.0}
     sizes = [aligned(shard.room) * shard.local.itemsize for shard in small]
     limit = BUFFER_BYTES.get(small[0].local.device.type, BUFFER_BYTES_ELSEWHERE) if small else 0
     members = share_buffers(sizes, [_kind(shard) for shard in small], limit)
-    shared = [
-        _Shared([small[place] for place in group], decays[small[group[0]].parameter.ndim >= 2])
-        for group in members
-    ]
+    return [[small[place] for place in group] for group in members], list(large.values())
+
+
+def _groups(shards: Sequence[Shard], weight_decay: float, memory: Memory | None) -> list[_Group]:
+    """`shards`, none of which is empty, by how they are updated: only what has rows and columns decays."""
+    together, alone = _divided(shards)
+    decays = {True: weight_decay, False: 0.0}
+    shared = [_Shared(group, decays[_kind(group[0])[0]], memory) for group in together]
     stages: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
     for buffer in sorted(shared, key=lambda buffer: buffer.layout.numel, reverse=True):
         kind = buffer.flat.dtype, buffer.flat.device
         if kind not in stages:  # the largest comes first
             stages[kind] = torch.zeros_like(buffer.flat)
         buffer.gather_into(stages[kind])
-    return [*shared, *(_Alone(group, decays[kind[0]]) for kind, group in large.items())]
+    return [*shared, *(_Alone(group, decays[_kind(group[0])[0]], memory) for group in alone)]
 
 
-def _kind(shard: _Shard) -> tuple[Any, ...]:
+def _kind(shard: Shard) -> tuple[Any, ...]:
     """What shards must have in common to be updated together; first whether they decay."""
     local, parameter = shard.local, shard.parameter
     return parameter.ndim >= 2, local.dtype, local.device, isinstance(parameter, DTensor)
 
 
-def _kept_by_fsdp(model: nn.Module) -> dict[int, Any]:
-    """FSDP's record of each parameter by the parameter's id, which knows the padded memory of the shard."""
-    return {
-        id(record.sharded_param): record
-        for module in model.modules()
-        if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
-        for record in group.fsdp_params
-    }
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds, sharing its memory; autograd does not see it taken."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """`local` seen as a part of a tensor that is laid out as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    grads = [parameter.grad for parameter in parameters]
+    return [local_of(grad) for grad in grads if grad is not None]

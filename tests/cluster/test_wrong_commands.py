@@ -23,6 +23,7 @@ def test_every_problem_is_told_at_once_and_nothing_is_made(bench: Bench, small: 
     [
         (("data.source=/nowhere/at/all",), "/nowhere/at/all"),
         (("batch.size=5", "run.workers=2"), "batch.size"),
+        (("parallel.pp=64",), "model.layers"),
         (("run.eval_every=2", "data.val_fraction=0.0"), "run.eval_every"),
         (("model.preset=huge",), "llama3-8b"),
         (("steps=4",), "section.key=value"),

@@ -5,6 +5,7 @@ and 1e-5 relative covers it as in every parity test.
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from torch.distributed.tensor import DTensor
+from plain import held_of
 from training import train_on_ranks, write_corpus
 
 from rayfold.kernels.rope import rotary_table, rotate
@@ -23,9 +24,11 @@ from rayfold.models.registry import ModelError, build_model, llama_shape, load_f
 from rayfold.parallel.initial import Constant, fill
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
-from rayfold.parallel.parallelize import parallelize
+from rayfold.parallel.parallelize import Workings, parallelize
+from rayfold.runtime import huggingface
 from rayfold.runtime.checkpoint.format import read_index
 from rayfold.runtime.huggingface import WeightsError, export_weights, load_weights
+from rayfold.runtime.part import Part
 
 TOLERANCE = 1e-5
 SHAPE = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=47, vocab_size=257, rope_theta=10_000.0)
@@ -69,7 +72,7 @@ def exported(
 
 def loaded_alone(folder: Path, shape: LlamaShape) -> Llama:
     model = Llama(shape)
-    load_weights(model, folder)
+    load_weights(held_of(model), folder)
     return model
 
 
@@ -102,24 +105,32 @@ def test_packed_documents_are_separate_forwards(exported: tuple[Path, LlamaShape
     assert error_of(got, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", [(1, 2), (2, 2)], ids=str)
-def test_weights_load_into_shards(exported: tuple[Path, LlamaShape], layout: tuple[int, int]) -> None:
-    """Each rank reads the rows it holds; put together they are the file, bit for bit."""
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp_replicate=1, dp_shard=2),
+        Layout(dp_replicate=2, dp_shard=2),
+        Layout(dp_replicate=1, dp_shard=2, tp=2),
+        Layout(dp_replicate=1, dp_shard=1, tp=2, pp=2),
+    ],
+    ids=str,
+)
+def test_weights_load_into_shards(exported: tuple[Path, LlamaShape], layout: Layout) -> None:
+    """Each rank reads the boxes it holds; put together they are the file, bit for bit."""
     folder, shape = exported
     expected = {name: p.detach() for name, p in loaded_alone(folder, shape).named_parameters()}
 
-    def on_rank() -> list[str]:
-        mesh = make_mesh(Layout(dp_replicate=layout[0], dp_shard=layout[1]), torch.device("cpu"))
-        model = parallelize(lambda: Llama(shape), mesh, seed=9)
-        load_weights(model, folder)
-        wrong = []
-        for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            if not torch.equal(parameter.full_tensor(), expected[name]):
-                wrong.append(name)
-        return wrong
+    def on_rank() -> dict[str, int]:
+        model = parallelize(lambda: Llama(shape), make_mesh(layout, torch.device("cpu")), seed=9)
+        load_weights(model.held, folder)
+        parts = [Part.of(held, held.name) for held in model.held]
+        wrong = [part.name for part in parts if not torch.equal(part.tensor, expected[part.name][part.box])]
+        assert wrong == []
+        return {part.name: part.tensor.numel() for part in parts}
 
-    assert run_ranks(layout[0] * layout[1], on_rank) == [[]] * (layout[0] * layout[1])
+    counts = run_ranks(layout.world_size, on_rank)
+    for name, whole in expected.items():
+        assert sum(count.get(name, 0) for count in counts) >= whole.numel(), name
 
 
 def test_the_shape_is_read_back_from_the_folder(exported: tuple[Path, LlamaShape]) -> None:
@@ -139,6 +150,33 @@ def test_an_export_never_overwrites(exported: tuple[Path, LlamaShape], tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_an_export_holds_one_file_in_memory(
+    exported: tuple[Path, LlamaShape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model larger than the machine can still be exported: what is written is let go of."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    real = huggingface._assemble
+
+    def watched(*args: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = real(*args)
+        made.append(weakref.ref(tensor))
+        most = max(most, sum(alive.nbytes for ref in made if (alive := ref()) is not None))
+        return tensor
+
+    folder, shape = exported
+    checkpoint = folder.parent / "checkpoints" / "step-00000003"
+    monkeypatch.setattr(huggingface, "_assemble", watched)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
+    out = tmp_path / "hf"
+    export_weights(checkpoint, read_index(checkpoint), shape, out, seq_len=24, end_id=256, tokenizer=None)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert most <= 40_000
+    whole, parts = loaded_alone(folder, shape), loaded_alone(out, shape)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -153,7 +191,7 @@ def test_weights_that_do_not_fit_are_refused(
     """The message names the tensor and both shapes."""
     folder, shape = exported
     with pytest.raises(WeightsError) as raised:
-        load_weights(Llama(LlamaShape(**{**vars(shape), **change})), folder)
+        load_weights(held_of(Llama(LlamaShape(**{**vars(shape), **change}))), folder)
     for word in words:
         assert word in str(raised.value)
 
@@ -161,10 +199,10 @@ def test_weights_that_do_not_fit_are_refused(
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     """A wrong path is the usual mistake; a cut file the next."""
     with pytest.raises(WeightsError, match=str(tmp_path)):
-        load_weights(Llama(SHAPE), tmp_path)
+        load_weights(held_of(Llama(SHAPE)), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(WeightsError, match=str(tmp_path)):
-        load_weights(Llama(SHAPE), tmp_path)
+        load_weights(held_of(Llama(SHAPE)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +293,8 @@ def test_the_model_in_bf16_uses_fp32_tables(monkeypatch: pytest.MonkeyPatch) -> 
 
     def on_rank() -> list[str]:
         mesh = make_mesh(Layout(dp_replicate=1, dp_shard=1), torch.device("cpu"))
-        model = parallelize(lambda: Llama(SHAPE), mesh, seed=0, compute="bf16")
+        workings = Workings(compute="bf16")
+        [model] = parallelize(lambda: Llama(SHAPE), mesh, seed=0, workings=workings).parts
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         assert dist.get_world_size() == 1
         model(tokens, **plain_inputs(tokens))

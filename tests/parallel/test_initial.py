@@ -14,6 +14,7 @@ from rayfold.parallel import random as random_module
 from rayfold.parallel.initial import Constant, Normal, fill
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
+from rayfold.parallel.model import box_of
 from rayfold.parallel.random import normal, normal_box
 
 
@@ -93,7 +94,7 @@ def test_the_stream_never_changes(stream: tuple[int, str, int]) -> None:
 @pytest.mark.parametrize("layout", [(1, 2), (2, 1), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_shards_hold_the_numbers_of_the_whole(layout: tuple[int, int], dim: int) -> None:
-    """Odd sizes over any mesh, cut along either dim, also where a rank holds nothing."""
+    """Odd sizes over any mesh, a piece of the whole cut along either dim, also where a rank holds nothing."""
     shapes = [(7, 5), (3, 9), (1, 3, 2), (6, 4)]
     expected = []
     for shape in shapes:
@@ -102,17 +103,21 @@ def test_shards_hold_the_numbers_of_the_whole(layout: tuple[int, int], dim: int)
         expected.append(whole)
 
     def on_rank() -> list[bool]:
-        mesh = make_mesh(Layout(dp_replicate=layout[0], dp_shard=layout[1]), torch.device("cpu"))
+        mesh = make_mesh(Layout(dp_replicate=layout[0], dp_shard=layout[1]), torch.device("cpu")).sharding
         same = []
         for shape, whole in zip(shapes, expected, strict=True):
-            spread = distribute_tensor(
-                torch.full(shape, torch.nan), mesh.dense, [Replicate(), Shard(dim)], src_data_rank=None
-            )
-            fill(spread, Normal(0.5), seed=4, name=str(shape))
-            same.append(torch.equal(spread.full_tensor(), whole))
+            # the whole, and all of it but the first index of the last dim, as a tensor parallel piece
+            for origin in ((0,) * len(shape), (0,) * (len(shape) - 1) + (1,)):
+                piece = whole[..., origin[-1] :]
+                spread = distribute_tensor(
+                    torch.full(piece.shape, torch.nan), mesh, [Replicate(), Shard(dim)], src_data_rank=None
+                )
+                where = {"shape": shape, "box": box_of(spread, origin)}
+                fill(spread, Normal(0.5), seed=4, name=str(shape), **where)
+                same.append(torch.equal(spread.full_tensor(), piece))
         return same
 
-    assert run_ranks(layout[0] * layout[1], on_rank) == [[True] * 4] * (layout[0] * layout[1])
+    assert run_ranks(layout[0] * layout[1], on_rank) == [[True] * 8] * (layout[0] * layout[1])
 
 
 def test_a_constant_fills_everything() -> None:

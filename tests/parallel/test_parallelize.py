@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from harness import run_ranks
 from torch import nn
@@ -15,7 +14,7 @@ from rayfold.parallel.collectives import gather_json, sum_over
 from rayfold.parallel.initial import fill
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
-from rayfold.parallel.parallelize import build_module, parallelize
+from rayfold.parallel.parallelize import Workings, build_module, parallelize
 from rayfold.parallel.recompute import apply_recompute
 from rayfold.parallel.shard import blocks_of
 
@@ -23,14 +22,16 @@ SHAPE = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=47, vocab_size
 CPU = torch.device("cpu")
 
 
+WORLD = Layout(dp_replicate=1, dp_shard=3)
+
+
 @pytest.mark.parametrize("value", [None, [], {"a": [1, 2.5, "ü"]}, "x" * 100_000])
 def test_json_reaches_every_rank_in_order(value: Any) -> None:
     """Ranks tell each other values of different lengths; each gets all of them in rank order."""
 
     def on_rank() -> list[Any]:
-        group = dist.group.WORLD
-        assert group is not None
-        return gather_json([dist.get_rank(), value if dist.get_rank() == 1 else 0], group, CPU)
+        world = make_mesh(WORLD, CPU).world
+        return gather_json([world.rank, value if world.rank == 1 else 0], world, CPU)
 
     assert run_ranks(3, on_rank) == [[[0, 0], [1, value], [2, 0]]] * 3
 
@@ -39,16 +40,15 @@ def test_sums_can_be_waited_for_later() -> None:
     """The step hides the count's sum behind the forward pass."""
 
     def on_rank() -> float:
-        group = dist.group.WORLD
-        assert group is not None
-        tensor = torch.tensor(float(dist.get_rank() + 1))
-        pending = sum_over(tensor, group, wait=False)
+        world = make_mesh(WORLD, CPU).world
+        tensor = torch.tensor(float(world.rank + 1))
+        pending = sum_over(tensor, world, wait=False)
         assert pending is not None
         pending.wait()
-        sum_over(tensor, group)
+        sum_over(tensor, world)
         return tensor.item()
 
-    assert run_ranks(2, on_rank) == [6.0, 6.0]
+    assert run_ranks(3, on_rank) == [18.0] * 3
 
 
 def gradients(recompute: Any, dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
@@ -105,8 +105,8 @@ def test_a_model_of_the_users_starts_from_its_constructor_everywhere() -> None:
 
     def on_rank() -> dict[str, Any]:
         model = parallelize(Plain, make_mesh(Layout(dp_replicate=1, dp_shard=2), CPU), seed=3)
-        values = {name: p.full_tensor().tolist() for name, p in model.named_parameters()}
-        return {"parameters": values, "scale": dict(model.named_buffers())["scale"].tolist()}
+        values = {held.name: held.parameter.full_tensor().tolist() for held in model.held}  # type: ignore[attr-defined]
+        return {"parameters": values, "scale": model.buffers["scale"].tolist()}
 
     assert run_ranks(2, on_rank) == [{"parameters": expected, "scale": [2.0]}] * 2
 
@@ -126,8 +126,8 @@ def test_names_stay_as_in_the_plain_model() -> None:
 
     def on_rank() -> list[str]:
         mesh = make_mesh(Layout(dp_replicate=1, dp_shard=2), CPU)
-        model = parallelize(lambda: Llama(SHAPE), mesh, seed=3, recompute="selective")
-        return [name for name, _ in model.named_parameters()]
+        model = parallelize(lambda: Llama(SHAPE), mesh, seed=3, workings=Workings(recompute="selective"))
+        return [held.name for held in model.held]
 
     assert run_ranks(2, on_rank) == [names] * 2
 

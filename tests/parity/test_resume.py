@@ -1,10 +1,21 @@
 """An interrupted run is the run that was not: the same samples and numbers, under any layout."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from training import RankEnd, checkpoint_values, events, metrics, train_on_ranks, write_corpus
+from training import (
+    checkpoint_values,
+    events,
+    kill_on_ranks,
+    metrics,
+    samples_read,
+    train_on_ranks,
+    write_corpus,
+)
+
+from rayfold.parallel.layout import AXES, Layout
 
 STEPS = 12
 
@@ -16,11 +27,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def samples_by_step(ends: list[RankEnd]) -> dict[int, list[int]]:
-    """What all ranks together read, in rank order."""
-    return {step: [i for end in ends for i in end.samples[step]] for step in ends[0].samples}
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (1, 2), (2, 1)], ids=["one rank", "shard", "replicate"])
@@ -58,14 +64,15 @@ def test_a_run_goes_on_under_any_layout(source: Path, tmp_path: Path) -> None:
     """
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     steps = f"run.steps={STEPS}"
-    expected = samples_by_step(train_on_ranks(1, straight, source, steps))
-    read = samples_by_step(train_on_ranks(2, moved, source, steps, stop_at={1: 3}))
-    read |= samples_by_step(
-        train_on_ranks(
-            4, moved, source, steps, "parallel.dp_replicate=2", "batch.micro_size=1", stop_at={2: 7}
-        )
-    )
-    read |= samples_by_step(train_on_ranks(1, moved, source, steps))
+    train_on_ranks(1, straight, source, steps)
+    train_on_ranks(2, moved, source, steps, stop_at={1: 3})
+    axes = ("parallel.dp_replicate=2", "batch.micro_size=1")
+    train_on_ranks(4, moved, source, steps, *axes, stop_at={2: 7})
+    train_on_ranks(1, moved, source, steps)
+    [expected] = samples_read(straight)
+    first, second, third = samples_read(moved)
+    read = first | second | third
+    assert [list(first), list(second), list(third)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert read == expected
     assert sorted(i for ids in read.values() for i in ids) == list(range(8 * STEPS))
     assert [line["step"] for line in metrics(moved)] == list(range(1, STEPS + 1))
@@ -84,8 +91,9 @@ def test_one_rank_that_is_asked_to_stop_stops_all(source: Path, tmp_path: Path) 
 
 def test_a_finished_run_trains_further_when_steps_are_raised(source: Path, tmp_path: Path) -> None:
     """More steps are more of the same run: no step is told twice and no sample comes twice."""
-    first = samples_by_step(train_on_ranks(1, tmp_path, source, "run.steps=5"))
-    second = samples_by_step(train_on_ranks(1, tmp_path, source, "run.steps=8"))
+    train_on_ranks(1, tmp_path, source, "run.steps=5")
+    train_on_ranks(1, tmp_path, source, "run.steps=8")
+    first, second = samples_read(tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
     assert [i for ids in (first | second).values() for i in ids] == list(range(64))
     assert all("attempt" not in line for line in metrics(tmp_path))
@@ -116,3 +124,93 @@ def test_a_seed_is_part_of_the_run(source: Path, tmp_path: Path) -> None:
         train_on_ranks(1, tmp_path / str(seed), source, "run.steps=2", f"run.seed={seed}")
     one, other = (metrics(tmp_path / str(seed))[0]["loss"] for seed in (1, 2))
     assert one != other
+
+
+# --- killed under one layout, finished under another
+
+# As in test_layouts.py: with an eps of the size of the gradients an update is as exact as its gradient.
+MOVED = ("model.layers=4", "model.ffn_dim=48", "model.tied_embeddings=true", "optim.eps=1e-2")
+MOVED_STEPS, COMMITTED, DEADLY = 6, 2, 4
+TOLERANCE = 1e-5
+
+
+def layout(**sizes: Any) -> Layout:
+    return Layout(**{"dp_replicate": 1, "dp_shard": 1, **sizes})
+
+
+def axes_of(layout: Layout) -> list[str]:
+    """The layout as overrides; every rank takes its samples in micro-batches of one."""
+    names = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "context")
+    chosen = [f"parallel.{name}={getattr(layout, name)}" for name in names]
+    return [*chosen, f"parallel.pipeline_schedule={layout.schedule}", "batch.micro_size=1"]
+
+
+def short(layout: Layout) -> str:
+    """What differs from one rank: `dp_shard2.tp2`."""
+    sizes = {axis: getattr(layout, axis) for axis in AXES}
+    words = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+    words += [layout.schedule] if layout.pp > 1 else []
+    words += [layout.context] if layout.cp > 1 else []
+    return ".".join(words) or "alone"
+
+
+MOVES = [
+    (layout(), layout(dp_shard=4)),
+    (layout(dp_shard=4), layout(tp=2)),
+    (layout(tp=2), layout(cp=2)),
+    (layout(cp=2), layout(pp=2)),
+    (layout(pp=2), layout()),
+    (layout(dp_replicate=2), layout(tp=2, pp=2)),
+    (layout(tp=2, pp=2), layout(dp_shard=2, cp=2)),
+    (layout(dp_shard=2, cp=2), layout(dp_replicate=2, tp=2)),
+    (layout(dp_replicate=2, tp=2), layout(pp=4)),
+    (layout(pp=4), layout(cp=4)),
+    (layout(cp=2, tp=2), layout(dp_shard=2, pp=2)),
+    (layout(dp_shard=2, pp=2), layout(pp=2, schedule="zbv")),
+    (layout(pp=2, schedule="zbv"), layout(cp=2, context="ulysses")),
+    (layout(cp=2, pp=2), layout(dp_replicate=2, dp_shard=2)),
+    (layout(dp_shard=2, tp=2, pp=2), layout(dp_replicate=2, cp=2, tp=2)),
+    (layout(dp_shard=8), layout(cp=2, tp=2, pp=2)),
+]
+
+
+@pytest.fixture(scope="module")
+def never_killed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, all steps at once."""
+    folder = tmp_path_factory.mktemp("never-killed")
+    train_on_ranks(1, folder, source, *MOVED, f"run.steps={MOVED_STEPS}")
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=short)
+def test_a_killed_run_goes_on_under_another_layout(
+    before: Layout, after: Layout, never_killed: Path, source: Path, tmp_path: Path
+) -> None:
+    """More ranks, fewer, or other axes: nobody reads a sample that one rank alone would not have read there,
+    and losses and parameters are those of one rank that was never killed.
+    """
+    given = (*MOVED, f"run.steps={MOVED_STEPS}", f"checkpoint.every={COMMITTED}")
+    kill_on_ranks(before.world_size, tmp_path, source, *given, *axes_of(before), step=DEADLY, after=COMMITTED)
+    assert not step_folder(tmp_path, DEADLY).exists()
+    train_on_ranks(after.world_size, tmp_path, source, *given, *axes_of(after))
+    assert [event["from_step"] for event in events(tmp_path, "restored")] == [COMMITTED]
+
+    [expected] = samples_read(never_killed)
+    killed, resumed = samples_read(tmp_path)
+    assert killed == {step: expected[step] for step in range(1, DEADLY + 1)}
+    assert resumed == {step: expected[step] for step in range(COMMITTED + 1, MOVED_STEPS + 1)}
+
+    straight = {line["step"]: line for line in metrics(never_killed)}
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [*range(1, DEADLY), *range(COMMITTED + 1, MOVED_STEPS + 1)]
+    for line in lines:
+        assert line["tokens"] == straight[line["step"]]["tokens"]
+        assert line["loss"] == pytest.approx(straight[line["step"]]["loss"], rel=TOLERANCE), line["step"]
+
+    wanted_progress, wanted = checkpoint_values(step_folder(never_killed, MOVED_STEPS))
+    progress, values = checkpoint_values(step_folder(tmp_path, MOVED_STEPS))
+    assert progress == wanted_progress
+    assert values.keys() == wanted.keys()
+    for name in (name for name in wanted if name.startswith("model.")):
+        error = np.linalg.norm(values[name] - wanted[name]) / np.linalg.norm(wanted[name])
+        assert error <= TOLERANCE, f"{name} is off by {error:.1e}"

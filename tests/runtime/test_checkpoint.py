@@ -24,12 +24,12 @@ from harness import run_ranks
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaShape
 from rayfold.parallel.layout import Layout
-from rayfold.parallel.mesh import make_mesh
+from rayfold.parallel.mesh import Axis, make_mesh
 from rayfold.parallel.parallelize import parallelize
 from rayfold.runtime.checkpoint.checkpoint import Checkpointer, Loaded, NoCheckpointLeft
 from rayfold.runtime.checkpoint.format import read_index
 from rayfold.runtime.checkpoint.shelf import Shelf
-from rayfold.runtime.optim.adamw import ShardedAdamW, local_of
+from rayfold.runtime.optim.adamw import ShardedAdamW
 from rayfold.runtime.optim.config import OptimConfig
 from rayfold.runtime.state import Progress, TrainState
 
@@ -47,28 +47,28 @@ def make_state(layout: Layout) -> TrainState:
 
 def stamp(state: TrainState, step: int) -> None:
     """Make every number of the state tell the step and the tensor, so that any mix of two saves shows."""
-    for number, tensor in enumerate(state.tensors().values()):
-        local_of(tensor).fill_(step + number / 1000)
+    for number, part in enumerate(state.parts()):
+        part.tensor.fill_(step + number / 1000)
     state.progress = Progress(step=step, cursor=8 * step, tokens=100 * step)
 
 
 def is_stamped(state: TrainState, step: int) -> bool:
     """Whether the state is that of `step`, whole."""
     values = [
-        bool((local_of(tensor) == torch.tensor(step + number / 1000)).all())
-        for number, tensor in enumerate(state.tensors().values())
+        bool((part.tensor == torch.tensor(step + number / 1000)).all())
+        for number, part in enumerate(state.parts())
     ]
     return all(values) and state.progress == Progress(step=step, cursor=8 * step, tokens=100 * step)
 
 
 def make_checkpointer(shelf: Shelf, commits: list[int] | None = None) -> Checkpointer:
-    everyone = dist.group.WORLD
-    assert everyone is not None
+    everyone = Axis("world", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
     committed = [] if commits is None else commits
     return Checkpointer(
         shelf,
         everyone=everyone,
         group=dist.new_group(backend="gloo"),
+        device=torch.device("cpu"),
         on_commit=lambda step, _: committed.append(step),
     )
 

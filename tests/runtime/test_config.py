@@ -127,7 +127,13 @@ IMPOSSIBLE = {
     # parallel
     "parallel.dp_replicate=0": ["0", "use 1"],
     "parallel.dp_shard=0": ["0", "use -1"],
-    **{f"parallel.{axis}=2": ["2", "use 1"] for axis in ("tp", "cp", "pp", "ep", "etp", "bp", "dap")},
+    **{f"parallel.{axis}=0": ["0", "use 1"] for axis in ("tp", "cp", "pp")},
+    **{f"parallel.{axis}=2": ["2", "use 1"] for axis in ("ep", "etp", "bp", "dap")},
+    "parallel.context=rings": ['"rings"', 'nearest: "ring"', '"ulysses"'],
+    "parallel.pipeline_schedule=1f1p": ['"1f1p"', 'nearest: "1f1b"', '"zbv"'],
+    "parallel.stages_per_rank=-1": ["-1", "use 0"],
+    "parallel.stage_layers=[2, 0]": ["[2, 0]", "use [2, 1]", "[]"],
+    'parallel.stage_layers=["a"]': ['["a"]', "tuple[int, ...]"],
     # kernels
     "kernels.linear=triton": ["triton", '"reference"'],
     "kernels.default=fast": ["fast", '"auto"'],
@@ -384,9 +390,23 @@ def plan_problems(*overrides: str, cpus: int = 8, gpus: int = 0) -> list[str]:
     ("overrides", "words"),
     [
         (["run.workers=4", "parallel.dp_shard=3"], ["dp_shard", "run.workers=3", "dp_shard=-1"]),
-        (["run.workers=6", "parallel.dp_replicate=4"], ["dp_replicate = 4", "6", "dp_replicate=3"]),
-        (["run.workers=3", "batch.size=32"], ["batch.size", "32", "use 33"]),
-        (["run.workers=2", "batch.size=12", "batch.micro_size=4"], ["batch.micro_size", "4", "use 3"]),
+        (
+            ["run.workers=6", "parallel.dp_replicate=4"],
+            ["dp_replicate: is 4", "run.workers = 6", "dp_replicate=3"],
+        ),
+        (["run.workers=3", "batch.size=32"], ["batch.size", "32", "parallel.dp_shard", "batch.size=33"]),
+        (
+            ["run.workers=2", "batch.size=12", "batch.micro_size=4"],
+            ["batch.micro_size", "4", "batch.micro_size=3"],
+        ),
+        (["run.workers=4", "parallel.tp=4"], ["parallel.tp", "model.kv_heads = 2", "parallel.tp=2"]),
+        (["run.workers=6", "parallel.pp=4"], ["parallel.pp", "run.workers = 6", "parallel.pp=3"]),
+        (["parallel.pp=8"], ["parallel.pp", "model.layers = 4", "parallel.pp=4"]),
+        (["parallel.cp=8", "data.seq_len=136"], ["parallel.cp", "data.seq_len = 136", "parallel.cp=4"]),
+        (
+            ["parallel.pp=2", "batch.size=1"],
+            ["batch.size", "parallel.pipeline_schedule = 1f1b", "batch.size=2"],
+        ),
         (["run.workers=1", "run.eval_every=5"], ["run.eval_every", "data.val_fraction=0.05"]),
         (["run.device=cuda"], ["run.device", "cpu"]),
     ],
@@ -416,6 +436,11 @@ def test_plan_problems_are_told_together() -> None:
         (["parallel.dp_shard=4"], 2, 0, (1, 4, "cpu")),
         (["parallel.dp_shard=2", "parallel.dp_replicate=2"], 2, 0, (2, 2, "cpu")),
         (["batch.size=8", "batch.micro_size=4"], 8, 0, (1, 2, "cpu")),
+        (["parallel.tp=2"], 8, 0, (1, 4, "cpu")),
+        (["parallel.tp=2", "parallel.cp=2", "parallel.dp_replicate=2"], 64, 16, (2, 2, "cuda")),
+        (["parallel.tp=2", "parallel.pp=2"], 2, 0, (1, 1, "cpu")),
+        (["parallel.tp=2", "parallel.dp_shard=3", "batch.size=30"], 2, 0, (1, 3, "cpu")),
+        (["parallel.pp=2", "batch.size=6"], 16, 0, (1, 3, "cpu")),
     ],
 )
 def test_auto_takes_the_ranks_that_fit(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from rayfold.parallel.recompute import apply_recompute
 from rayfold.parallel.shard import blocks_of
 from rayfold.runtime.data.loader import Batch
 from rayfold.runtime.memory import estimate_memory, saved_bytes
-from rayfold.runtime.optim.adamw import ShardedAdamW, local_of
+from rayfold.runtime.optim.adamw import ShardedAdamW
+from rayfold.runtime.part import local_of
 from rayfold.runtime.plan import RunPlan, make_run_plan
 
 ROWS, SEQ_LEN = 3, 40
@@ -79,16 +79,16 @@ def test_the_state_of_a_rank_is_what_is_said(source: Path, replicate: int, shard
 
     def on_rank() -> tuple[int, int, int]:
         mesh = make_mesh(plan.layout, torch.device("cpu"))
-        model: Any = parallelize(
+        model = parallelize(
             lambda: build_model("llama", plan.config.model, vocab_size=256),  # type: ignore[arg-type]
             mesh,
             seed=0,
         )
         optimizer = ShardedAdamW(model, plan.config.optim)
-        parameters = sum(local_of(p).numel() * 4 for p in model.parameters())
-        moments = sum(local_of(t).numel() * 4 for t in optimizer.tensors().values())
-        row = max(p.numel() // p.shape[0] * 4 for p in model.parameters())
-        return parameters, moments, row * len(list(model.parameters()))
+        parameters = sum(local_of(held.parameter).numel() * 4 for held in model.held)
+        moments = sum(part.tensor.numel() * 4 for part in optimizer.parts())
+        row = max(held.parameter.numel() // held.shape[0] * 4 for held in model.held)
+        return parameters, moments, row * len(model.held)
 
     estimate = estimate_memory(plan)
     for parameters, moments, slack in run_ranks(replicate * shard, on_rank):

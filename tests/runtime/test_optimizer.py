@@ -1,18 +1,21 @@
 """The optimizer on plain and on sharded models: torch's AdamW tensor by tensor, memory shared as before."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from plain import as_sharded, held_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rayfold.kernels.config import Path
-from rayfold.runtime.optim.adamw import BUFFER_BYTES, SMALL_BYTES, ShardedAdamW, local_of
+from rayfold.runtime.optim.adamw import BUFFER_BYTES, SMALL_BYTES, ShardedAdamW
 from rayfold.runtime.optim.config import OptimConfig
+from rayfold.runtime.part import local_of
 
 CONFIG = OptimConfig(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 STEPS = 4
@@ -67,7 +70,7 @@ def by_us(model: nn.Module, optimizer: ShardedAdamW, steps: range = range(1, STE
 def test_the_reference_path_is_torchs_formula_bit_by_bit() -> None:
     """Decay groups, steps of a parameter's own and missing gradients are torch's, as the formula is."""
     model = Mixed()
-    by_us(model, ShardedAdamW(model, CONFIG, path="reference"))
+    by_us(model, ShardedAdamW(as_sharded(model), CONFIG, path="reference"))
     expected = dict(by_torch(foreach=False, fused=False).named_parameters())
     assert [name for name, p in model.named_parameters() if not torch.equal(p, expected[name])] == []
 
@@ -75,7 +78,7 @@ def test_the_reference_path_is_torchs_formula_bit_by_bit() -> None:
 def test_the_fast_path_is_torchs_fused_update() -> None:
     """Equal but for the last elements of odd tensors, which torch rounds otherwise (test_adamw.py)."""
     model = Mixed()
-    by_us(model, ShardedAdamW(model, CONFIG))
+    by_us(model, ShardedAdamW(as_sharded(model), CONFIG))
     for name, wanted in by_torch(fused=True).named_parameters():
         got = model.get_parameter(name)
         whole = got.numel() // 16 * 16
@@ -87,7 +90,7 @@ def test_small_tensors_share_memory_and_large_ones_stay() -> None:
     """What a call costs is saved where it counts, and no large tensor is ever copied."""
     model = Mixed()
     large = model.out.weight.data_ptr()
-    ShardedAdamW(model, CONFIG)
+    ShardedAdamW(as_sharded(model), CONFIG)
     assert model.out.weight.data_ptr() == large
     vectors = [parameter for name, parameter in model.layers.named_parameters() if "bias" in name]
     assert len({vector.untyped_storage().data_ptr() for vector in vectors}) == 1
@@ -96,7 +99,7 @@ def test_small_tensors_share_memory_and_large_ones_stay() -> None:
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
 def test_loading_moments_and_steps_goes_on_bit_by_bit(path: Path) -> None:
-    """Moments are written through `tensors()` and parameters through the model, as a checkpoint does."""
+    """Moments are written through `parts()` and parameters through the model, as a checkpoint does."""
     names = [name for name, p in Mixed().named_parameters() if gradient_of(name, p, 2) is not None]
 
     def run(model: nn.Module, optimizer: ShardedAdamW, steps: range) -> None:
@@ -107,12 +110,13 @@ def test_loading_moments_and_steps_goes_on_bit_by_bit(path: Path) -> None:
             optimizer.step(CONFIG.lr)
 
     whole, first, second = Mixed(), Mixed(), Mixed()
-    optimizers = [ShardedAdamW(model, CONFIG, path=path) for model in (whole, first, second)]
+    optimizers = [ShardedAdamW(as_sharded(model), CONFIG, path=path) for model in (whole, first, second)]
     run(whole, optimizers[0], range(1, 7))
     run(first, optimizers[1], range(1, 4))
     second.load_state_dict(first.state_dict())
-    for name, tensor in optimizers[2].tensors().items():
-        tensor.copy_(optimizers[1].tensors()[name])
+    for target, stored in zip(optimizers[2].parts(), optimizers[1].parts(), strict=True):
+        assert target.name == stored.name
+        target.tensor.copy_(stored.tensor)
     optimizers[2].set_steps(3)
     run(second, optimizers[2], range(4, 7))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
@@ -125,8 +129,46 @@ def test_a_strided_parameter_is_updated_where_it_belongs() -> None:
     expected = model.weight.detach().clone()
     grad = torch.ones_like(expected).tril()
     model.weight.grad = grad
-    ShardedAdamW(model, OptimConfig(weight_decay=0.0)).step(0.5)
+    ShardedAdamW(as_sharded(model), OptimConfig(weight_decay=0.0)).step(0.5)
     torch.testing.assert_close(model.weight.detach(), expected - 0.5 * grad, rtol=0, atol=1e-2)
+
+
+def test_copies_of_one_parameter_stay_equal() -> None:
+    """A tied embedding in two stages of one rank is updated twice; neighbours in buffers must not show."""
+    parts = [
+        nn.ParameterDict({"tied": torch.ones(9, 7), other: torch.ones(n)})
+        for other, n in (("a", 5), ("b", 70))
+    ]
+    model = replace(as_sharded(parts[0]), parts=parts, held=[h for part in parts for h in held_of(part)])
+    optimizer = ShardedAdamW(model, CONFIG)
+    for step in range(1, STEPS + 1):
+        for part in parts:
+            for name, parameter in part.items():
+                parameter.grad = gradient_of(name, parameter, step)
+        optimizer.step(CONFIG.lr)
+    copies = {
+        name: [p.tensor for p in optimizer.parts() if p.name == name]
+        for name in ("exp_avg.tied", "exp_avg_sq.tied")
+    }
+    copies["tied"] = [part["tied"] for part in parts]
+    for name, (one, other) in copies.items():
+        assert torch.equal(one, other), name
+        assert not torch.equal(one, torch.ones(9, 7)), name
+
+
+def test_every_gradient_comes_with_the_share_it_counts() -> None:
+    """What several ranks hold must count once in a norm; what has no gradient counts nothing."""
+    module = nn.ParameterDict({name: torch.zeros(2) for name in ("split", "copied", "tied", "idle")})
+    shares = {"split": 1.0, "copied": 0.25, "tied": 0.25, "idle": 0.5}
+    held = [replace(h, counted=shares[h.name]) for h in held_of(module)]
+    optimizer = ShardedAdamW(replace(as_sharded(module), held=held), CONFIG)
+    for number, name in enumerate(("split", "copied", "tied")):
+        module[name].grad = torch.full((2,), float(number))
+    found = [
+        (counted, [grad.tolist() for grad in grads]) for counted, grads in optimizer.gradients_by_share()
+    ]
+    assert sorted(found) == [(0.25, [[1.0, 1.0], [2.0, 2.0]]), (1.0, [[0.0, 0.0]])]
+    assert sorted(grad.tolist() for grad in optimizer.gradients()) == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -138,7 +180,7 @@ def test_sharded_models_compute_with_what_was_updated(world_size: int) -> None:
     x = torch.sin(torch.arange(40.0)).view(8, 5)
 
     def train(model: Any) -> tuple[list[float], list[int]]:
-        optimizer = ShardedAdamW(model, CONFIG)
+        optimizer = ShardedAdamW(as_sharded(model), CONFIG)
         losses, counts = [], []
         for _ in range(STEPS):
             loss = model(x)
@@ -146,8 +188,8 @@ def test_sharded_models_compute_with_what_was_updated(world_size: int) -> None:
             losses.append(loss.item())
             counts.append(len(optimizer.gradients()))
             optimizer.step(CONFIG.lr)
-        for name, tensor in optimizer.tensors().items():
-            assert tensor.shape == model.get_parameter(name.partition(".")[2]).shape
+        for part in optimizer.parts():
+            assert part.shape == model.get_parameter(part.name.partition(".")[2]).shape
         return losses, counts
 
     plain = Mixed()
