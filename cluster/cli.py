@@ -82,7 +82,9 @@ def train(
     home = Home.of_command(config)
     home.enter()
     if dry_run:
-        _dry_run(plan, as_json=as_json)
+        from .plan import show_dry_run  # with torch, by which memory is counted
+
+        show_dry_run(plan, as_json=as_json)
         return
     run = plan.config.run
     run_dir = plan.config.run_dir
@@ -99,6 +101,26 @@ def train(
 
         summary = launch(plan, home=home, quiet=quiet)
     _end(summary, as_json=as_json, quiet=quiet)
+
+
+@app.command(cls=_WithKeys)
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="Show the work of a pipeline's ranks over time.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw the schedule to this file, an SVG image.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the layout of a run, its ranks, their memory and their schedule; start nothing."""
+    made = _plan(config, overrides)
+    Home.of_command(config).enter()
+    from .plan import show_plan
+
+    show_plan(made, schedule=schedule, out=out, as_json=as_json)
 
 
 @app.command()
@@ -243,30 +265,9 @@ def _check_what_it_names(plan: RunPlan) -> None:
 
     list_blocks(plan.config.data)
     if isinstance(plan.config.model, CustomModel):
-        from ..models.registry import load_factory  # imports torch, as the user's module does
+        from .own_model import check_own_model  # imports torch, as the user's module does
 
-        load_factory(plan.config.model.family, plan.config.model.fields)
-
-
-def _dry_run(plan: RunPlan, *, as_json: bool) -> None:
-    from ..runtime.memory import estimate_memory
-
-    memory = estimate_memory(plan)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "config": plan.config.to_dict(),
-                    "layout": vars(plan.layout),
-                    "memory_per_rank": memory.as_dict(),
-                }
-            )
-        )
-        return
-    print(write_toml(plan.config))
-    print(f"# layout: {plan.layout}, {plan.layout.world_size} ranks on {plan.device}")
-    for name, size in memory.as_dict().items():
-        print(f"# memory per rank: {name:>12} {size / 2**20:12,.1f} MiB")
+        check_own_model(plan, plan.config.model)
 
 
 def _keys_table() -> Table:
