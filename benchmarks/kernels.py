@@ -28,6 +28,8 @@ from rayfold.kernels.cross_entropy import linear_cross_entropy
 from rayfold.kernels.flashmask import kinds
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaShape
+from rayfold.parallel.model import Held, Sharded
+from rayfold.parallel.tensor import Piece
 from rayfold.runtime.optim.adamw import ShardedAdamW
 from rayfold.runtime.optim.config import OptimConfig
 
@@ -223,7 +225,12 @@ def small_tensors(args: argparse.Namespace) -> Iterator[Line]:
     others = [p.detach().clone().requires_grad_() for p in module]
     grads = [torch.randn_like(p) for p in others]
     config = OptimConfig(lr=1e-3)
-    ours = ShardedAdamW(module, config)
+    held = [
+        Held(name=name, parameter=parameter, piece=Piece.whole(parameter), counted=1.0)
+        for name, parameter in module.named_parameters()
+    ]
+    nobody: Any = None  # no mesh: these tensors are nobody's shards
+    ours = ShardedAdamW(Sharded([module], held, nobody, nobody), config)
     torch_adamw = torch.optim.AdamW(others, lr=1e-3, weight_decay=config.weight_decay, fused=True)
 
     def give(parameters: Any) -> None:

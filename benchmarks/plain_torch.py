@@ -69,7 +69,7 @@ def main() -> None:
         batch_size=config.batch.size,
         dp_rank=rank,
         dp_size=world_size,
-        micro_size=config.batch.micro(world_size),
+        micro_size=config.batch.micro_size or config.batch.size // world_size,
         prefetch=config.data.prefetch,
     )
     with loader:
