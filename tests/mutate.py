@@ -39,7 +39,7 @@ SENDING = ("sum_over", "max_over", "gather", "reduce_scatter", "all_to_all", "ri
 # pure planning, which no rank executes between tensors: tested on its own
 PLANNING = (
     *("layout.py", "rules.py", "legal.py", "limits.py", "fit.py", "microbatches.py"),
-    *("timeline.py", "schedules.py", "folding.py", "random.py", "plan.py"),
+    *("timeline.py", "schedules.py", "folding.py", "random.py", "plan.py", "traffic.py"),
 )
 
 

@@ -7,8 +7,10 @@ import torch
 from harness import run_ranks
 from torch import nn
 
+from rayfold.parallel.context import ContextSplit
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
+from rayfold.parallel.model import Sharded
 from rayfold.runtime.data.loader import Batch
 from rayfold.runtime.data.packing import IGNORED
 from rayfold.runtime.evaluate import Validation, evaluate
@@ -40,7 +42,8 @@ def test_bits_per_byte_by_hand() -> None:
     def on_rank() -> Validation:
         mesh = make_mesh(Layout(dp_replicate=1, dp_shard=3), torch.device("cpu"))
         model = Fixed()
-        figures = evaluate(model, parts[mesh.data_rank], mesh, np.array([1, 4, 2, 0]))
+        sharded = Sharded(parts=[model], held=[], mesh=mesh, context=ContextSplit("ring", mesh.cp))
+        figures = evaluate(sharded, parts[mesh.data.rank], np.array([1, 4, 2, 0]))
         assert model.training
         return figures
 
