@@ -63,6 +63,7 @@ class Case:
     shape: LlamaShape = SHAPE
     compute: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
+    compiled: bool = False
     kernels: str = "auto"
     micro_size: int = 0  # 0: two micro-batches a step, in a pipeline as many as there are rows
     steps: int = 5
@@ -196,7 +197,7 @@ def run_layout(case: Case, layout: Layout) -> Trace:
     def on_rank() -> tuple[list[StepResult], list[list[tuple[str, Box]]], list[tuple[str, Box]]]:
         mesh = make_mesh(layout, torch.device("cpu"))
         kernels = KernelsConfig(default=case.kernels)  # type: ignore[arg-type]
-        workings = Workings(compute=case.compute, recompute=case.recompute)
+        workings = Workings(compute=case.compute, recompute=case.recompute, compiled=case.compiled)
         model = parallelize(lambda: Llama(case.shape, kernels), mesh, seed=case.seed, workings=workings)
         optimizer = WatchedAdamW(model, case.optim)
         part = case.rows // layout.dp_size
