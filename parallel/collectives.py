@@ -84,6 +84,20 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     ]
 
 
+def share_json(value: Any, axis: Axis, device: torch.device, source: int) -> Any:
+    """The JSON-able `value` of rank `source` of the axis, on every rank."""
+    if axis.size == 1 or axis.group is None:
+        return value
+    data = json.dumps(value).encode() if axis.rank == source else b""
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(length, group=axis.group, group_src=source)
+    text = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+    if data:
+        text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(text, group=axis.group, group_src=source)
+    return json.loads(bytes(text.cpu().numpy()))
+
+
 def _all_reduce(tensor: torch.Tensor, axis: Axis, op: Any, *, wait: bool) -> dist.Work | None:
     if axis.size == 1 or axis.group is None:
         return None

@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
+from ..faulttol.config import SnapshotConfig
 from ..kernels.config import KernelsConfig
 from ..models.llama_config import LlamaConfig
 from ..parallel.layout import ParallelConfig
@@ -59,6 +60,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -87,6 +89,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "kernels": KernelsConfig,
     "checkpoint": CheckpointConfig,
+    "snapshot": SnapshotConfig,
 }
 
 

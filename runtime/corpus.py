@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..parallel.collectives import gather_json
+from ..parallel.collectives import gather_json, share_json
 from ..parallel.mesh import FoldedMesh
 from .data.blocks import list_blocks
 from .data.config import DataConfig
@@ -37,12 +37,21 @@ class Corpus:
 
 
 def open_corpus(
-    config: DataConfig, mesh: FoldedMesh, run_dir: Path, *, seed: int, progress: Progress | None = None
+    config: DataConfig,
+    mesh: FoldedMesh,
+    run_dir: Path,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    goes_on: bool = False,
 ) -> Corpus:
-    """Open the source on every rank. Raises DataError on all ranks when any of them finds something wrong."""
+    """Open the source on every rank. Raises DataError on all ranks when any of them finds something wrong.
+
+    `goes_on`: the run has samples behind it, though it may have no checkpoint.
+    """
     tokenizer = resolve_tokenizer(config)
     path = run_dir / INDEX_FILE
-    known = _together(mesh, lambda: _read_known(path, config) if mesh.world.rank == 0 else None)[0]
+    known = _together(mesh, lambda: _read_known(path, config, goes_on) if mesh.world.rank == 0 else None)[0]
     if known is not None:
         index = Index.from_json(known)
     else:
@@ -52,12 +61,35 @@ def open_corpus(
     return Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed), is_new=known is None)
 
 
-def _read_known(path: Path, config: DataConfig) -> str | None:
+def share_corpus(config: DataConfig, mesh: FoldedMesh, own: Corpus | None, *, seed: int) -> Corpus | None:
+    """The corpus that some ranks have open from before, on all of them; None where none has.
+
+    Only a rank that has none opens it, by the index that it is told: nothing is counted again.
+    """
+    having = gather_json(own is not None, mesh.world, mesh.device)
+    if not any(having):
+        return None
+    if all(having):
+        return own
+    first = having.index(True)
+    text = share_json(own.index.to_json() if own is not None else None, mesh.world, mesh.device, first)
+
+    def join() -> None:
+        nonlocal own
+        if own is None:
+            tokenizer, index = resolve_tokenizer(config), Index.from_json(text)
+            own = Corpus(tokenizer, index, Dataset(config, index, tokenizer, seed), is_new=False)
+
+    _together(mesh, join)
+    return own
+
+
+def _read_known(path: Path, config: DataConfig, goes_on: bool) -> str | None:
     """The index of a run that has samples behind it; raises DataError when the source is another by now.
 
-    Without a checkpoint nothing counts on the order yet: a first attempt at the wrong source can be mended.
+    Without a step nothing counts on the order yet: a first attempt at the wrong source can be mended.
     """
-    if not path.exists() or not newest_step(path.parent):
+    if not path.exists() or not (goes_on or newest_step(path.parent)):
         return None
     text = path.read_text()
     check_unchanged(Index.from_json(text), config)

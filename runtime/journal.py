@@ -38,19 +38,20 @@ class Journal:
         for name in (METRICS, EVENTS):
             drop_torn_line(run_dir / name)
         self.last_step = max((line["step"] for line in read_lines(run_dir / METRICS)), default=0)
-        self.attempt = 1 + sum(event["kind"] == "run_started" for event in read_lines(run_dir / EVENTS))
+        self.attempt = 1 + sum(begins_an_attempt(event) for event in read_lines(run_dir / EVENTS))
         self._metrics = open(run_dir / METRICS, "a")  # noqa: SIM115 (closed by close)
         self._events = open(run_dir / EVENTS, "a")  # noqa: SIM115
 
     def metric(self, values: dict[str, Any]) -> dict[str, Any]:
         """Record one optimizer step; returns the line as written."""
         line = values if values["step"] > self.last_step else values | {"attempt": self.attempt}
+        self.last_step = max(self.last_step, values["step"])
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         return line
 
     def event(self, kind: EventKind, step: int, **fields: Any) -> dict[str, Any]:
-        """Record what happened; returns the line as written."""
+        """Record what happened, now or at `time_unix` if that is given; returns the line as written."""
         line = {"time_unix": time.time(), "kind": kind, "step": step, **fields}
         self._events.write(json.dumps(line) + "\n")
         self._events.flush()
@@ -112,7 +113,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     events = list(read_lines(run_dir / EVENTS))
     by_step = {line["step"]: line for line in lines}  # a step trained again counts once, as it came out last
     steps = [by_step[step] for step in sorted(by_step)]
-    starts = [event["time_unix"] for event in events if event["kind"] == "run_started"]
+    attempts = sum(begins_an_attempt(event) for event in events)
     wall = _time_at_work(events)
     speeds = [line["tokens_per_s"] for line in steps[UNSETTLED_STEPS:]] or [
         line["tokens_per_s"] for line in steps
@@ -125,7 +126,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         "final_loss": steps[-1]["loss"] if steps else None,
         "tokens_per_s": statistics.median(speeds) if speeds else 0.0,
         "wall_s": wall,
-        "restarts": max(0, len(starts) - 1),
+        "restarts": max(0, attempts - 1),
         "lost_steps": len(lines) - len(by_step),
         "skipped_data": sum(e["count"] for e in events if e.get("class") == "unreadable_data"),
         "goodput": useful / wall if wall else 0.0,
@@ -133,6 +134,13 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     if validated := [line for line in steps if "val_loss" in line]:
         figures |= {key: validated[-1][key] for key in ("val_loss", "val_bits_per_byte")}
     return figures
+
+
+def begins_an_attempt(event: dict[str, Any]) -> bool:
+    """Whether training begins anew with this event: a start of the command, or ranks that form again within
+    one after a fault.
+    """
+    return event["kind"] == "run_started" or (event["kind"] == "formed" and event.get("epoch", 1) > 1)
 
 
 def _time_at_work(events: list[dict[str, Any]]) -> float:

@@ -41,6 +41,12 @@ class RankMemory:
     activations: int  # kept by the forward pass of a micro-batch for the backward pass
     backward: int  # gradient of the largest of them (logits, where a model makes them), alive beside them
     checkpoint_copy: int  # host copies from which a checkpoint is written; other memory than a GPU's
+    snapshots: int = 0  # copies in the host's shared memory, where the living state lies too on a CPU
+
+    @property
+    def state(self) -> int:
+        """What a snapshot copies."""
+        return self.parameters + self.optimizer
 
     @property
     def total(self) -> int:
@@ -94,6 +100,7 @@ def _of_rank(plan: RunPlan, vocab_size: int, pp_rank: int) -> RankMemory:
         activations=_most_kept(plan, pp_rank, {number: sum(stage.kept) for number, stage in stages.items()}),
         backward=max((size for stage in stages.values() for size in stage.kept), default=0),
         checkpoint_copy=3 * share if plan.device == "cpu" else 0,
+        snapshots=config.snapshot.slots * 3 * share if config.snapshot.enabled is not False else 0,
     )
 
 

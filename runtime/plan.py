@@ -48,7 +48,7 @@ def check_model(plan: RunPlan, model: ModelLimits | None) -> None:
     """Compare the layout of `plan` with what a model of the user's says once it is there; None: it has no
     plan. Raises `ConfigError` with every problem found.
     """
-    load = replace(_load(plan.config), model=model)
+    load = replace(load_of(plan.config), model=model)
     try:
         make_layout(plan.config.parallel, world_size=plan.layout.world_size, load=load)
     except LayoutError as error:
@@ -60,7 +60,7 @@ def _fit(config: RunConfig, *, cpus: int, gpus: int) -> tuple[RunPlan | None, li
     if config.run.device != "auto":
         device = config.run.device
     most = gpus if device == "cuda" else min(cpus, MOST_AUTO_CPU_WORKERS)
-    load, world_size = _load(config), config.run.workers
+    load, world_size = load_of(config), config.run.workers
     or_worlds = range(0)
     if world_size == "auto":
         world_size = _auto_workers(config, load, most)
@@ -99,7 +99,7 @@ def _disagreements(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _load(config: RunConfig) -> Load:
+def load_of(config: RunConfig) -> Load:
     """What a layout of `config` has to carry. A model of the user's own says its part when it is built."""
     seq_len = config.data.seq_len
     if isinstance(config.model, LlamaConfig):

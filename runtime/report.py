@@ -272,7 +272,7 @@ def _plain(value: object) -> str:
 def _describe(event: Record) -> str:
     if event.get("kind") == "verdict" and event.get("sentence"):
         return str(event["sentence"])[:500]
-    hidden = ("time_unix", "kind", "step", "nodes", "pids", "evidence")
+    hidden = ("time_unix", "kind", "step", "nodes", "pids", "spare_pids", "fenced_unix", "evidence")
     said = [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in event.items() if key not in hidden]
     text = " · ".join(said)
     return text if len(text) <= 300 else text[:299] + "…"

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,16 @@ class NonFiniteLoss(RuntimeError):
 
 class NonFinitePeer(RuntimeError):
     """The same, seen from a rank whose own part is finite."""
+
+
+class Guard(Protocol):
+    """Whoever copies the state while it does not change; all ranks of a run have one, or none has."""
+
+    def before_sums(self) -> None:
+        """The last sums before the update are next: what they tell every rank is that all came this far."""
+
+    def before_update(self) -> None:
+        """All ranks came this far, and the state changes from now on."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ def train_step(
     lr: float,
     clip_norm: float | None,
     stop: bool = False,
+    guard: Guard | None = None,
 ) -> StepResult:
     """Train on this rank's micro-batches of one step; every rank of the mesh must call it with as many.
 
@@ -97,12 +109,16 @@ def train_step(
     # each rank adds what no other does; the loss is the same on all tensor parallel ranks
     own_loss = loss_sum if mesh.tp.rank == 0 else torch.zeros_like(loss_sum)
     sums = torch.stack([own_loss, _square_sum(optimizer, mesh)])
+    if guard is not None:
+        guard.before_sums()
     started = time.perf_counter()
     sum_over(sums, mesh.world)
     waited += time.perf_counter() - started
     grad_norm = sums[1].sqrt()
     if clip_norm is not None:
         _clip(optimizer.gradients(), clip_norm / (grad_norm + CLIP_EPS))
+    if guard is not None:
+        guard.before_update()
     optimizer.step(lr)
     # read by the host only now that all of the step is launched: a GPU is waited for once a step
     loss_value, norm_value = torch.stack([sums[0], grad_norm]).tolist()

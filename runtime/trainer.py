@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,11 @@ from ..models.llama_config import LlamaConfig
 from ..models.registry import build_model, limits_of
 from ..parallel.mesh import FoldedMesh, make_mesh
 from ..parallel.model import Sharded
-from ..parallel.parallelize import Workings, parallelize
-from .checkpoint.checkpoint import Checkpointer, CheckpointNotWritten
+from ..parallel.parallelize import Workings, parallelize, start_numbers
+from .attempt import begin
+from .checkpoint.checkpoint import Checkpointer, CheckpointNotWritten, Loaded
 from .checkpoint.shelf import Shelf
-from .corpus import Corpus, open_corpus
+from .corpus import Corpus, open_corpus, share_corpus
 from .data.loader import Loader, val_batches
 from .data.order import order_key
 from .evaluate import Validation, evaluate
@@ -34,11 +35,17 @@ from .journal import EventKind
 from .measure import memory_bytes
 from .optim.adamw import ShardedAdamW
 from .optim.schedule import learning_rate
+from .optim.shards import Memory
+from .place import SnapshotPlace, Warm
 from .plan import RunPlan, check_model
+from .restore import Found, Makers, look_around, on_disk
+from .snapshots import Snapshots
 from .state import Progress, TrainState
 from .step import NonFiniteLoss, NonFinitePeer, StepResult, on_device, train_step
 
 logger = logging.getLogger(__name__)
+
+ABANDON_S = 10.0  # for a checkpoint's writer to notice that the other ranks are gone
 
 
 class Recorder(Protocol):
@@ -68,8 +75,22 @@ class Trainer:
     The default process group must be initialised with `plan.layout.world_size` ranks before `run` is called.
     """
 
-    def __init__(self, plan: RunPlan, recorder: Recorder, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        recorder: Recorder,
+        stop: threading.Event,
+        *,
+        place: SnapshotPlace | None = None,
+        warm: Warm | None = None,
+    ) -> None:
+        """With a `place` the state is kept in memory beside checkpoints, and the newest of either counts.
+
+        What `warm` has is used, and filled for another trainer in this process; all ranks have one or none.
+        """
         self._plan = plan
+        self._place = place if plan.config.snapshot.enabled is not False else None
+        self._warm = warm
         self._config = plan.config
         self._recorder = recorder
         self._stop = stop
@@ -82,31 +103,58 @@ class Trainer:
         """
         timeout = timedelta(seconds=self._config.run.collective_timeout_s)
         mesh = make_mesh(self._plan.layout, _device(self._plan.device), timeout=timeout)
+        found = look_around(self._place, mesh) if self._place is not None else None
         self.phase = "reading the data"
-        corpus = open_corpus(
-            self._config.data,
-            mesh,
-            self._config.run_dir,
-            seed=self._config.run.seed,
-            progress=self._data_progress,
-        )
+        corpus = self._open_corpus(mesh, goes_on=found is not None and bool(found.sources))
         self._tell_skipped(mesh, corpus)
         self.phase = "building the model"
-        state = self._build_state(mesh, corpus)
         checkpointer = self._make_checkpointer(mesh)
-        self._resume(mesh, state, checkpointer)
-        with closing(corpus.dataset):
+        with ExitStack() as to_close:
+            if self._warm is None:
+                to_close.enter_context(closing(corpus.dataset))
+            else:
+                to_close.callback(checkpointer.abandon, ABANDON_S)
+            snapshots: Snapshots | None = None
+            if self._place is None or found is None:
+                state = self._build_state(mesh, corpus)
+                self._resume(mesh, state, checkpointer)
+            else:
+                state, snapshots = self._begin(mesh, corpus, checkpointer, self._place, found)
+            if snapshots is not None:
+                to_close.enter_context(closing(snapshots))
             try:
-                status = self._train(mesh, corpus, state, checkpointer)
+                status = self._train(mesh, corpus, state, checkpointer, snapshots)
             except (NonFiniteLoss, NonFinitePeer):
                 # raised by all ranks at one step, so a good step that is still being written can be finished
                 self._finish_save(checkpointer)
                 raise
-        self.phase = "writing the last checkpoint"
-        checkpointer.wait()  # one that failed on the way must not look like one that stands
+            self.phase = "writing the last checkpoint"
+            checkpointer.wait()  # one that failed on the way must not look like one that stands
         return Outcome(status, state.progress.step)
 
-    def _train(self, mesh: FoldedMesh, corpus: Corpus, state: TrainState, checkpointer: Checkpointer) -> str:
+    def _open_corpus(self, mesh: FoldedMesh, *, goes_on: bool) -> Corpus:
+        config, seed = self._config, self._config.run.seed
+        if self._warm is not None:
+            shared = share_corpus(config.data, mesh, self._warm.corpus, seed=seed)
+            if shared is not None:
+                shared.is_new = False  # what it skipped is told already
+                self._warm.corpus = shared
+                return shared
+        corpus = open_corpus(
+            config.data, mesh, config.run_dir, seed=seed, progress=self._data_progress, goes_on=goes_on
+        )
+        if self._warm is not None:
+            self._warm.corpus = corpus
+        return corpus
+
+    def _train(
+        self,
+        mesh: FoldedMesh,
+        corpus: Corpus,
+        state: TrainState,
+        checkpointer: Checkpointer,
+        snapshots: Snapshots | None,
+    ) -> str:
         loader = Loader(
             corpus.dataset,
             cursor=state.progress.cursor,
@@ -116,14 +164,24 @@ class Trainer:
             micro_size=self._config.batch.micro(mesh.layout),
             prefetch=self._config.data.prefetch,
         )
+        status = "finished"
         with loader:
             while state.progress.step < self._config.run.steps:
-                if self._one_step(mesh, corpus, state, checkpointer, loader):
-                    return "stopped" if state.progress.step < self._config.run.steps else "finished"
-        return "finished"
+                if self._one_step(mesh, corpus, state, checkpointer, snapshots, loader):
+                    status = "stopped" if state.progress.step < self._config.run.steps else "finished"
+                    break
+        if snapshots is not None:
+            snapshots.finish(state.progress.step, state.progress_values())
+        return status
 
     def _one_step(
-        self, mesh: FoldedMesh, corpus: Corpus, state: TrainState, checkpointer: Checkpointer, loader: Loader
+        self,
+        mesh: FoldedMesh,
+        corpus: Corpus,
+        state: TrainState,
+        checkpointer: Checkpointer,
+        snapshots: Snapshots | None,
+        loader: Loader,
     ) -> bool:
         """Train, record, validate and save one step; whether some rank asks to stop."""
         config, started = self._config, time.perf_counter()
@@ -133,16 +191,33 @@ class Trainer:
         seed_step(config.run.seed, self.step, mesh.data.rank)
         lr = learning_rate(config.optim, step=self.step, steps=config.run.steps)
         clip_norm = config.optim.clip_norm if config.optim.clip == "norm" else None
+        if snapshots is not None:
+            snapshots.before_forward()
         result = train_step(
-            state.model, state.optimizer, batches, lr=lr, clip_norm=clip_norm, stop=self._stop.is_set()
+            state.model,
+            state.optimizer,
+            batches,
+            lr=lr,
+            clip_norm=clip_norm,
+            stop=self._stop.is_set(),
+            guard=snapshots,
         )
         state.progress = Progress(self.step, loader.cursor, state.progress.tokens + result.tokens)
+        line = self._line(result, lr=lr, seconds=time.perf_counter() - started, data_wait_s=data_wait_s)
+        if snapshots is not None:
+            # with its line: whoever records it may die before that is written down
+            snapshots.after_update(self.step, state.progress_values() | {"line": line})
         last = self.step == config.run.steps or result.stop
         due = last or (config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0)
         stall_s = checkpointer.stage(state) if due else 0.0
+        stall_s += snapshots.take_stall() if snapshots is not None else 0.0
         seconds = time.perf_counter() - started
         validation = self._validate(mesh, corpus, state.model, last=last)
-        self._record(result, validation, lr=lr, seconds=seconds, data_wait_s=data_wait_s, stall_s=stall_s)
+        line |= {"time_unix": time.time(), "step_time_s": seconds, "tokens_per_s": result.tokens / seconds}
+        line |= {"snapshot_stall_s": stall_s, "memory_bytes": memory_bytes(self._plan.device)}
+        if validation is not None:
+            line |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        self._record(line)
         if due:
             # only now: a checkpoint that stands while its step is missing from the record hides it for good
             checkpointer.write()
@@ -163,17 +238,9 @@ class Trainer:
         )
         return evaluate(model, batches, corpus.tokenizer.token_bytes)
 
-    def _record(
-        self,
-        result: StepResult,
-        validation: Validation | None,
-        *,
-        lr: float,
-        seconds: float,
-        data_wait_s: float,
-        stall_s: float,
-    ) -> None:
-        line: dict[str, Any] = {
+    def _line(self, result: StepResult, *, lr: float, seconds: float, data_wait_s: float) -> dict[str, Any]:
+        """The line of metrics as it is right after the update."""
+        return {
             "step": self.step,
             "time_unix": time.time(),
             "loss": result.loss,
@@ -183,15 +250,24 @@ class Trainer:
             "tokens_per_s": result.tokens / seconds,
             "step_time_s": seconds,
             "data_wait_s": data_wait_s,
-            "snapshot_stall_s": stall_s,
+            "snapshot_stall_s": 0.0,
             "exposed_comm_s": result.exposed_comm_s,
             "memory_bytes": memory_bytes(self._plan.device),
         }
-        if validation is not None:
-            line |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self._warm is not None:
+            self._warm.lines.append(line)
         self._recorder.metric(line)
 
     def _build_state(self, mesh: FoldedMesh, corpus: Corpus) -> TrainState:
+        model = self._build_model(mesh, corpus)
+        return TrainState(model, self._optimize(model, None), Progress())
+
+    def _optimize(self, model: Sharded, memory: Memory | None) -> ShardedAdamW:
+        return ShardedAdamW(model, self._config.optim, path=self._config.kernels.of("adamw"), memory=memory)
+
+    def _build_model(self, mesh: FoldedMesh, corpus: Corpus, *, start: bool = True) -> Sharded:
         config = self._config
         fields = config.model if isinstance(config.model, LlamaConfig) else config.model.fields
         build: Callable[[], nn.Module] = lambda: build_model(  # noqa: E731 (called by parallelize)
@@ -205,9 +281,47 @@ class Trainer:
             recompute=config.parallel.recompute,
             compiled=config.kernels.compile,
         )
-        model = parallelize(build, mesh, seed=config.run.seed, workings=workings)
-        optimizer = ShardedAdamW(model, config.optim, path=config.kernels.of("adamw"))
-        return TrainState(model, optimizer, Progress())
+        return parallelize(build, mesh, seed=config.run.seed, workings=workings, start=start)
+
+    def _begin(
+        self,
+        mesh: FoldedMesh,
+        corpus: Corpus,
+        checkpointer: Checkpointer,
+        place: SnapshotPlace,
+        found: Found,
+    ) -> tuple[TrainState, Snapshots | None]:
+        """The newest state of all, in memory or on disk, and who guards it; nobody where there is no room."""
+        started = time.perf_counter()
+
+        def start(model: Sharded) -> None:
+            start_numbers(model, seed=self._config.run.seed)
+            self._read_weights(model)
+
+        def load_checkpoint(state: TrainState) -> int | None:
+            loaded = self._load_checkpoint(mesh, state, checkpointer)
+            return None if loaded is None else loaded.step
+
+        makers = Makers(
+            build=lambda: self._build_model(mesh, corpus, start=False),
+            start=start,
+            optimize=self._optimize,
+            load_checkpoint=load_checkpoint,
+        )
+        found.sources += on_disk(checkpointer.steps())
+        self.phase = "restoring the state"
+        lines = self._warm.lines if self._warm is not None else ()
+        begun = begin(mesh, place, found, self._config.snapshot, makers, lines=lines)
+        if mesh.world.rank == 0:
+            if begun.no_room is not None:
+                message = f"no snapshots in memory: {begun.no_room}"
+                self._recorder.event("snapshot", begun.state.progress.step, on=False, message=message)
+            for line in begun.untold:
+                self._recorder.metric(line)
+            if begun.restored is not None:
+                seconds = time.perf_counter() - started
+                self._recorder.event("restored", begun.state.progress.step, **begun.restored, seconds=seconds)
+        return begun.state, begun.snapshots
 
     def _make_checkpointer(self, mesh: FoldedMesh) -> Checkpointer:
         config = self._config
@@ -226,14 +340,20 @@ class Trainer:
         return Checkpointer(shelf, everyone=mesh.world, group=group, device=mesh.device, on_commit=committed)
 
     def _resume(self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer) -> None:
+        if self._load_checkpoint(mesh, state, checkpointer) is None:
+            self._read_weights(state.model)
+
+    def _read_weights(self, model: Sharded) -> None:
+        if isinstance(self._config.model, LlamaConfig) and self._config.model.init_from:
+            load_weights(model.held, Path(self._config.model.init_from))
+
+    def _load_checkpoint(
+        self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer
+    ) -> Loaded | None:
         self.phase = "loading a checkpoint"
         started = time.perf_counter()
         loaded = checkpointer.load(state)
-        if loaded is None:
-            if isinstance(self._config.model, LlamaConfig) and self._config.model.init_from:
-                load_weights(state.model.held, Path(self._config.model.init_from))
-            return
-        if mesh.world.rank == 0:
+        if loaded is not None and mesh.world.rank == 0:
             for problem in loaded.damaged:
                 self._recorder.event(
                     "fault", loaded.step, **{"class": "damaged_checkpoint", "message": problem}
@@ -245,6 +365,7 @@ class Trainer:
                 from_step=loaded.step,
                 seconds=time.perf_counter() - started,
             )
+        return loaded
 
     def _tell_skipped(self, mesh: FoldedMesh, corpus: Corpus) -> None:
         if mesh.world.rank == 0 and corpus.is_new:

@@ -95,7 +95,7 @@ def train_on_ranks(
     """
     config = small_config(run_dir, source, f"run.workers={world_size}", *overrides)
     plan = make_run_plan(config, cpus=world_size, gpus=0)
-    told = _samples_folder(run_dir)
+    told = samples_folder(run_dir)
 
     def on_rank() -> RankEnd:
         return _train(plan, told, stop_at=(stop_at or {}).get(dist.get_rank()))
@@ -112,7 +112,7 @@ def kill_on_ranks(
     """
     config = small_config(run_dir, source, f"run.workers={world_size}", *overrides)
     plan = make_run_plan(config, cpus=world_size, gpus=0)
-    told = _samples_folder(run_dir)
+    told = samples_folder(run_dir)
     committed = Shelf(run_dir / "checkpoints", keep=1).path(after)
 
     def on_rank() -> RankEnd:
@@ -139,6 +139,19 @@ def _train(
 ) -> RankEnd:
     """The trainer of this rank; the samples of each step are written down before it begins."""
     rank, stop = dist.get_rank(), threading.Event()
+    run_dir = plan.config.run_dir
+    recorder = Told(Journal(run_dir) if rank == 0 else None, stop, stop_at)
+    recorder.event("run_started", 0)
+    trainer = Trainer(plan, recorder, stop)
+    watch_samples(trainer, told, rank, wrap=wrap)
+    end = trainer.run()
+    return RankEnd(end.status, end.step)
+
+
+def watch_samples(
+    trainer: Trainer, told: Path, rank: int, *, wrap: Callable[[Trainer], Step] | None = None
+) -> None:
+    """Write the samples of each step down before it begins; `wrap(trainer)` is the step to make."""
 
     def watched_step(*args: Any, **kwargs: Any) -> StepResult:
         model, batches = args[0], args[2]
@@ -149,12 +162,6 @@ def _train(
         return (wrap(trainer) if wrap else train_step)(*args, **kwargs)
 
     trainer_module.train_step = watched_step  # in this forked process only
-    run_dir = plan.config.run_dir
-    recorder = Told(Journal(run_dir) if rank == 0 else None, stop, stop_at)
-    recorder.event("run_started", 0)
-    trainer = Trainer(plan, recorder, stop)
-    end = trainer.run()
-    return RankEnd(end.status, end.step)
 
 
 def _dying_in(step: int, committed: Path, trainer: Trainer) -> Step:
@@ -180,7 +187,7 @@ def _dying_in(step: int, committed: Path, trainer: Trainer) -> Step:
     return deadly_step
 
 
-def _samples_folder(run_dir: Path) -> Path:
+def samples_folder(run_dir: Path) -> Path:
     """A new folder for what one start of the run reads."""
     folder = run_dir / "samples"
     starts = len(list(folder.iterdir())) if folder.exists() else 0

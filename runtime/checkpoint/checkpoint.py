@@ -111,13 +111,23 @@ class Checkpointer:
         if self._error is not None:
             raise self._error
 
+    def abandon(self, timeout_s: float) -> None:
+        """Let a write end that has lost the other ranks; what it wrote is no checkpoint."""
+        if self._writing is not None:
+            self._writing.join(timeout_s)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that stand, as rank 0 sees them, newest first."""
+        steps: list[int] = gather_json(self._shelf.steps(), self._everyone, self._device)[0]
+        return steps
+
     def load(self, state: TrainState) -> Loaded | None:
         """Load the newest whole checkpoint into `state`; None when there is none at all.
 
         Raises NoCheckpointLeft when there are some and all are damaged (starting anew would bury them), and
         CheckpointMismatch when one is whole and of another model.
         """
-        candidates: list[int] = gather_json(self._shelf.steps(), self._everyone, self._device)[0]
+        candidates = self.steps()
         damaged: list[str] = []
         for step in candidates:
             folder = self._shelf.path(step)

@@ -112,7 +112,43 @@ class FolderWriter(StorageWriter):
         return False
 
 
-class FolderReader(StorageReader):
+class ReadOnly(StorageReader):
+    """What all our readers leave to torch's planners."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between checkpoints: a reader reads one."""
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to prepare."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """No change: the planner's items are read as they are."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """No change: every rank reads what it needs."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """What to read is given to the constructor, not by id."""
+        return False
+
+
+def fill_items(stored: torch.Tensor, items: list[ReadItem], planner: LoadPlanner) -> None:
+    """Copy out of a stored box what each of `items` overlaps with."""
+    for item in items:
+        part = stored
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(part)
+        planner.commit_tensor(item, target)
+
+
+class FolderReader(ReadOnly):
     """Reads a checkpoint folder under any layout; raises DamagedCheckpoint rather than give a wrong byte."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,9 +161,6 @@ class FolderReader(StorageReader):
         if self._index is None:
             self._index = read_index(self._folder)
         return self._index
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept between checkpoints: a reader reads one."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index in torch's words."""
@@ -146,14 +179,6 @@ class FolderReader(StorageReader):
         """Keep where the coordinator found each chunk."""
         self._places: dict[MetadataIndex, tuple[TensorEntry, Chunk]] = metadata.storage_data
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """No change: the planner's items are read as they are."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """No change: every rank reads what it needs."""
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Verify each needed chunk whole, then copy the part of it; one chunk is in memory at a time."""
         wanted: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
@@ -161,19 +186,7 @@ class FolderReader(StorageReader):
             wanted[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)].append(item)
         for where, items in wanted.items():
             entry, chunk = self._places[where]
-            stored = read_chunk(self._folder, entry, chunk)
-            for item in items:
-                part = stored
-                for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    part = part.narrow(dim, start, length)
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(part)
-                planner.commit_tensor(item, target)
+            fill_items(read_chunk(self._folder, entry, chunk), items, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Folders are given to the constructor, not by id."""
-        return False

@@ -10,11 +10,11 @@ from torch import nn
 
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaShape
-from rayfold.parallel.collectives import gather_json, sum_over
+from rayfold.parallel.collectives import gather_json, share_json, sum_over
 from rayfold.parallel.initial import fill
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
-from rayfold.parallel.parallelize import Workings, build_module, parallelize
+from rayfold.parallel.parallelize import Workings, build_module, parallelize, start_numbers
 from rayfold.parallel.recompute import apply_recompute
 from rayfold.parallel.shard import blocks_of
 
@@ -34,6 +34,33 @@ def test_json_reaches_every_rank_in_order(value: Any) -> None:
         return gather_json([world.rank, value if world.rank == 1 else 0], world, CPU)
 
     assert run_ranks(3, on_rank) == [[[0, 0], [1, value], [2, 0]]] * 3
+
+
+def test_json_of_one_rank_reaches_all() -> None:
+    """A rank that joins is told what the others know, whichever of them tells it."""
+
+    def on_rank() -> list[Any]:
+        world = make_mesh(WORLD, CPU).world
+        return [share_json({"from": world.rank}, world, CPU, source) for source in range(3)]
+
+    assert run_ranks(3, on_rank) == [[{"from": source} for source in range(3)]] * 3
+
+
+def test_numbers_are_drawn_when_they_are_asked_for() -> None:
+    """A state that comes from elsewhere needs none; what is drawn later is what is drawn at once."""
+
+    def on_rank() -> bool:
+        mesh = make_mesh(Layout(dp_replicate=1, dp_shard=2), CPU)
+        at_once, later = (
+            parallelize(lambda: Llama(SHAPE), mesh, seed=3, start=start) for start in (True, False)
+        )
+        for held in later.held:
+            held.parameter.detach().to_local().fill_(torch.nan)
+        start_numbers(later, seed=3)
+        pairs = zip(at_once.held, later.held, strict=True)
+        return all(torch.equal(a.parameter.to_local(), b.parameter.to_local()) for a, b in pairs)
+
+    assert run_ranks(2, on_rank) == [True, True]
 
 
 def test_sums_can_be_waited_for_later() -> None:

@@ -140,6 +140,12 @@ IMPOSSIBLE = {
     # checkpoint
     "checkpoint.every=-1": ["-1", "0"],
     "checkpoint.keep=0": ["0", "at least 1"],
+    # snapshot
+    "snapshot.enabled=on": ['"on"', '"auto" | bool'],
+    "snapshot.every=-1": ["-1", "0"],
+    "snapshot.slots=1": ["1", "at least 2"],
+    "snapshot.spares=-2": ["-2", "use -1"],
+    "snapshot.memory_share=0.0": ["0.0", "0.5"],
 }
 
 

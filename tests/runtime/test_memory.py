@@ -1,6 +1,7 @@
 """The memory estimate against the real thing: bytes that autograd holds, and tensors that the state has."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from harness import run_ranks
 from training import small_config, write_corpus
 
+from rayfold.faulttol.config import SnapshotConfig
 from rayfold.kernels.flashmask.kinds import packed
 from rayfold.models.registry import build_model
 from rayfold.parallel.mesh import make_mesh
@@ -100,3 +102,27 @@ def test_the_state_of_a_rank_is_what_is_said(source: Path, replicate: int, shard
     parts = dataclasses.asdict(estimate)
     assert estimate.total == sum(parts.values())
     assert estimate.as_dict() == {**parts, "total": estimate.total}
+
+
+def test_snapshots_are_part_of_the_estimate(source: Path) -> None:
+    """Copies in shared memory are memory; a node that has too little is told what would do."""
+    plan = make_plan(source, "run.workers=2", "snapshot.slots=3")
+    estimate = estimate_memory(plan)
+    assert estimate.snapshots == 3 * estimate.state == 3 * (estimate.parameters + estimate.optimizer)
+    assert estimate_memory(make_plan(source, "run.workers=2", "snapshot.enabled=false")).snapshots == 0
+
+
+def test_a_node_without_room_is_told_what_would_do() -> None:
+    """The remedy must be one: with it there is room."""
+    config = SnapshotConfig(slots=2, memory_share=0.25)
+    node = {"state_bytes": 100 << 20, "ranks": 4, "arena": True}
+    assert config.why_no_room(**node, memory_bytes=8 << 30, shm_bytes=2 << 30) is None
+    reason = config.why_no_room(**node, memory_bytes=2 << 30, shm_bytes=2 << 30)
+    assert reason is not None
+    share = re.search(r"memory_share above ([0-9.]+)", reason)
+    assert share is not None
+    raised = SnapshotConfig(slots=2, memory_share=float(share[1]) + 0.01)
+    assert raised.why_no_room(**node, memory_bytes=2 << 30, shm_bytes=2 << 30) is None
+    small_shm = config.why_no_room(**node, memory_bytes=8 << 30, shm_bytes=64 << 20)
+    assert small_shm is not None
+    assert "--shm-size" in small_shm

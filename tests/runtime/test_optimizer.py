@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rayfold.kernels.config import Path
-from rayfold.runtime.optim.adamw import BUFFER_BYTES, SMALL_BYTES, ShardedAdamW
+from rayfold.runtime.optim.adamw import BUFFER_BYTES, SMALL_BYTES, ShardedAdamW, memory_needed
 from rayfold.runtime.optim.config import OptimConfig
 from rayfold.runtime.part import local_of
 
@@ -95,6 +95,54 @@ def test_small_tensors_share_memory_and_large_ones_stay() -> None:
     vectors = [parameter for name, parameter in model.layers.named_parameters() if "bias" in name]
     assert len({vector.untyped_storage().data_ptr() for vector in vectors}) == 1
     assert vectors[0].untyped_storage().nbytes() <= BUFFER_BYTES["cpu"]
+
+
+class Kept:
+    """A memory whose pieces outlive the optimizer; full of anything at first."""
+
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.next = 0
+        self.kept = False
+
+    def take(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+        if not self.kept:
+            self.pieces.append(torch.full((numel,), 7, dtype=dtype))
+        self.next += 1
+        return self.pieces[self.next - 1], self.kept
+
+
+def test_a_state_comes_home_to_the_memory_that_it_lay_in() -> None:
+    """All of it lies there, frozen parameters and buffers too, and a second life goes on bit by bit."""
+
+    def made() -> nn.Module:
+        model = Mixed()
+        model.unused.requires_grad_(False)
+        model.register_buffer("seen", torch.arange(3))
+        return model
+
+    straight, first, second = made(), made(), made()
+    by_us(straight, ShardedAdamW(as_sharded(straight), CONFIG))
+    memory = Kept()
+    needed = memory_needed(as_sharded(first))
+    optimizer = ShardedAdamW(as_sharded(first), CONFIG, memory=memory)
+    assert needed == [(len(piece), piece.dtype) for piece in memory.pieces]
+    inside = {piece.untyped_storage().data_ptr() for piece in memory.pieces}
+    held = [*first.parameters(), *first.buffers(), *(part.tensor for part in optimizer.parts())]
+    assert {tensor.untyped_storage().data_ptr() for tensor in held} == inside
+    by_us(first, optimizer, range(1, 2))
+    first.seen += 1
+
+    memory.kept, memory.next = True, 0
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.fill_(torch.nan)
+    optimizer = ShardedAdamW(as_sharded(second), CONFIG, memory=memory)
+    optimizer.set_steps(1)
+    assert second.seen.tolist() == [1, 2, 3]
+    by_us(second, optimizer, range(2, STEPS + 1))
+    names = [name for name, _ in straight.named_parameters() if not name.startswith("layers.3.")]
+    assert [n for n in names if not torch.equal(straight.get_parameter(n), second.get_parameter(n))] == []
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
