@@ -1,34 +1,41 @@
 """The controller of a run: an explicit state machine in a Ray actor, off the step path.
 
     created -> starting -> forming -> running -> finished
-                  |           |          |-----> stopping -> stopped
-                  +-----------+----------+-----------------> failed
+                  |         |   ^      | |-----> stopping -> stopped
+                  |         |   |      v
+                  |         |   +-- recovering
+                  +---------+----------+---------> failed
 
 It sends rare commands, takes in what workers push, and is the one writer of the run's record. What a failure
-means is decided by `faulttol.verdict`; this file carries it out.
+means is decided by `faulttol.verdict`, what to do about it by `faulttol.remedy`; this file carries it out.
 """
 
 import enum
+import itertools
 import threading
 import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from ..faulttol.remedy import Fault, Remedy, Replace, Shrink, Stop, remedy_for
 from ..faulttol.verdict import Failure, Verdict, decide
 from ..runtime.config import check_config
-from ..runtime.journal import Journal
 from ..runtime.plan import RunPlan, make_run_plan
-from .deaths import Deaths
-from .fleet import Fleet, FleetError, StartGivenUp, form, start_fleet
-from .gauges import Gauges
+from .crew import Crew
+from .fleet import FleetError, Interrupted, StartGivenUp
 from .home import Home
+from .record import Record
+from .recovery import fault_of, hopeless, legal_of, remedy_fields
 
-OTHERS_SPEAK_S = 3.0  # after a first failure: how long the other ranks may take to tell theirs
-LOOK_EVERY_S = 1.0  # between looks at what the workers are doing
-ANSWER_S = 5.0  # a control thread answers in milliseconds; one that takes this long does not answer
+OTHERS_SPEAK_S = 3.0  # after a first failure of a run that ends: how long other ranks may take to tell theirs
+CAUSE_S = 1.0  # a run that goes on waits no longer: a death is seen within 0.1 s, a stop after 0.5 s
+ALIKE_S = 0.3  # an error of the user's may come on all ranks at once: no rank is to blame then
+LOOK_EVERY_S = 0.1  # between looks at what vaults have noticed
+UPKEEP_EVERY_S = 1.0  # between looks at spares, and at what rank 0 is doing
 
 
 class State(enum.Enum):
@@ -38,6 +45,7 @@ class State(enum.Enum):
     STARTING = "starting"
     FORMING = "forming"
     RUNNING = "running"
+    RECOVERING = "recovering"
     STOPPING = "stopping"
     FINISHED = "finished"
     STOPPED = "stopped"
@@ -47,9 +55,10 @@ class State(enum.Enum):
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CREATED: frozenset({State.STARTING}),
     State.STARTING: frozenset({State.FORMING, State.STOPPED, State.FAILED}),
-    State.FORMING: frozenset({State.RUNNING, State.STOPPED, State.FAILED}),
-    State.RUNNING: frozenset({State.STOPPING, State.FINISHED, State.STOPPED, State.FAILED}),
-    State.STOPPING: frozenset({State.FINISHED, State.STOPPED, State.FAILED}),
+    State.FORMING: frozenset({State.RUNNING, State.RECOVERING, State.STOPPED, State.FAILED}),
+    State.RUNNING: frozenset({State.RECOVERING, State.STOPPING, State.FINISHED, State.STOPPED, State.FAILED}),
+    State.RECOVERING: frozenset({State.RECOVERING, State.FORMING, State.STOPPED, State.FAILED}),
+    State.STOPPING: frozenset({State.RECOVERING, State.FINISHED, State.STOPPED, State.FAILED}),
     State.FINISHED: frozenset(),
     State.STOPPED: frozenset(),
     State.FAILED: frozenset(),
@@ -57,188 +66,222 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class Controller:
-    """Runs one plan. `run` lasts as long as the run; `record`, `view` and `stop` are answered beside it."""
+    """Runs one plan. `run` lasts as long as the run; the other methods are answered beside it."""
 
-    def __init__(self, plan: dict[str, Any], home: Home) -> None:
+    def __init__(self, plan: dict[str, Any], home: Home, session: str) -> None:
+        """`session` names the embedded session of the command, "" in a joined cluster."""
         home.enter()
         config = check_config(plan)
         self._plan: RunPlan = make_run_plan(config, cpus=1, gpus=int(config.run.device == "cuda"))
-        self._home = home
         self._state = State.CREATED
-        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._journal = Journal(Path(config.run_dir))
-        self._gauges = Gauges(config.run.name)
-        self._news: list[dict[str, Any]] = []
-        self._forgotten = 0  # news before those in the list
-        self._deaths: Deaths | None = None
+        self._record = Record(Path(config.run_dir), config.run.name)
         self._phase = ""
-        self._step = 0
+        self._history: list[Fault] = []
+        self._begun = time.monotonic()
+        self._crew = Crew(self._plan, home, ray.get_runtime_context().current_actor, session=session)
 
     def run(self) -> dict[str, Any]:
         """Start the workers, train, and return the summary that was written."""
-        self._event("run_started", attempt=self._journal.attempt, layout=str(self._plan.layout))
-        fleet = None
+        self._record.event("run_started", attempt=self._record.attempt, layout=str(self._plan.layout))
         try:
             self._go(State.STARTING)
-            fleet = start_fleet(self._plan, self._home, self._stop.is_set)
+            self._crew.start(self._stop.is_set)
             self._go(State.FORMING)
-            self._deaths = Deaths(fleet.places, ray.get_runtime_context().get_node_id())
-            form(fleet, self._plan, self._stop.is_set)
-            self._event("formed", **self._formed(fleet))
-            return self._finish(*self._train(fleet))
+            self._form(self._stop.is_set)
+            if self._stop.is_set():
+                return self._finish(State.STOPPED)
+            while True:
+                self._go(State.RUNNING)
+                end = self._train()
+                if isinstance(end, State):
+                    return self._finish(end)
+                verdict = self._grow(end) if isinstance(end, Shrink) else self._recover(end)
+                if verdict is not None:
+                    return self._finish(State.FAILED, verdict)
         except StartGivenUp:
             return self._finish(State.STOPPED)
-        except FleetError as error:
+        except (FleetError, Interrupted) as error:
             verdict = Verdict(sentence=str(error), ranks=[], cls="start", step=0, evidence={})
             return self._finish(State.FAILED, verdict)
         finally:
-            if fleet is not None:
-                fleet.end()
-            if self._deaths is not None:
-                self._deaths.close()
-            self._journal.close()
+            self._crew.close()
+            self._record.close()
 
     @ray.method(concurrency_group="record")
-    def record(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
-        """Write down what a worker tells, in its order."""
-        with self._lock:
-            for what, values in lines:
-                if what == "metric":
-                    self._step = values["step"]
-                    self._gauges.show(values)
-                    self._news.append({"metric": self._journal.metric(values)})
-                else:
-                    self._news.append({"event": self._journal.event(**values)})
+    def record(self, lines: list[tuple[str, dict[str, Any]]], epoch: int) -> bool:
+        """Write down what a worker tells, in its order; False, and nothing, if its epoch is over."""
+        return self._record.take_in(lines, epoch)
 
     @ray.method(concurrency_group="control")
     def view(self, since: int) -> dict[str, Any]:
         """State, phase and the news after number `since`; the one who watches has seen those before it."""
-        with self._lock:
-            del self._news[: since - self._forgotten]  # a long run must not fill the memory
-            self._forgotten = since
-            return {"state": self._state.value, "phase": self._phase, "news": list(self._news)}
+        return {"state": self._state.value, "phase": self._phase, "news": self._record.news(since)}
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Ask for a clean stop: after the step the ranks are in, with a checkpoint."""
         self._stop.set()
 
-    def _train(self, fleet: Fleet) -> tuple[State, Verdict | None]:
-        if self._stop.is_set():
-            return State.STOPPED, None
-        self._go(State.RUNNING)
-        myself = ray.get_runtime_context().current_actor
-        values = self._plan.config.to_dict()
-        running = {
-            worker.train.remote(rank=rank, plan=values, controller=myself): rank
-            for rank, worker in enumerate(fleet.workers)
-        }
-        statuses: set[str] = set()
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_EVERY_S)
-            for ref in done:
-                result = self._result(ref, running.pop(ref))
-                if isinstance(result, Failure):
-                    return State.FAILED, self._judge(fleet, result, running)
-                statuses.add(result["status"])
-            if self._stop.is_set() and self._state is State.RUNNING:
-                self._go(State.STOPPING)
-                fleet.stop()
-            if not done:
-                self._look(fleet)
-        return (State.STOPPED if "stopped" in statuses else State.FINISHED), None
+    @ray.method(concurrency_group="control")
+    def notice(self, notice: Any) -> None:
+        """Take in what a vault has seen of a process."""
+        self._crew.tell(notice)
 
-    def _result(self, ref: Any, rank: int) -> dict[str, Any] | Failure:
-        """The outcome of a rank, or its failure: told by itself, or seen from its death."""
-        try:
-            result = ray.get(ref)
-        except RayActorError as error:
-            how = self._deaths.how(rank) if self._deaths else None
-            return Failure(
-                rank=rank,
-                step=self._step + 1,
-                kind="died",
-                message=how or _death(error),
-                time_unix=time.time(),
-                traceback=str(error),
-            )
-        except RayTaskError as error:
-            cause = error.cause
-            return Failure(
-                rank, self._step, type(cause).__name__, str(cause), time.time(), traceback=str(error)
-            )
-        return Failure(**result["failure"]) if "failure" in result else result["outcome"]
-
-    def _judge(self, fleet: Fleet, first: Failure, running: dict[Any, int]) -> Verdict:
-        """Hear the other ranks for a moment, since the first to be heard need not be the first to have
-        failed.
-        """
-        failures = [first]
-        done, _ = (
-            ray.wait(list(running), num_returns=len(running), timeout=OTHERS_SPEAK_S) if running else ([], [])
-        )
-        for ref in done:
-            if isinstance(result := self._result(ref, running.pop(ref)), Failure):
-                failures.append(result)
-        missing = {rank: self._answers(fleet.workers[rank]) for rank in running.values()}
-        verdict = decide(failures, missing=missing)
-        self._event("verdict", **verdict.as_event())
-        return verdict
-
-    def _answers(self, worker: Any) -> bool:
-        try:
-            ray.get(worker.status.remote(), timeout=ANSWER_S)
-        except (GetTimeoutError, RayActorError):
-            return False
+    @ray.method(concurrency_group="control")
+    def answers(self) -> bool:
+        """That it is there."""
         return True
 
-    def _look(self, fleet: Fleet) -> None:
-        """Ask rank 0 what it is doing, for the progress line; training does not wait for the answer."""
+    def _form(self, given_up: Callable[[], bool] = lambda: False) -> None:
+        formed = self._crew.form(given_up, self._crew.noticed_any)
+        self._record.begin_epoch(self._crew.epoch, formed, came_unix=self._crew.last_well_unix())
+
+    def _train(self) -> State | list[Failure] | Shrink:
+        """Let the ranks train; how the run ended, the first failures, or how it can be whole again."""
+        self._crew.train(recorded=self._record.last_step)
+        statuses: set[str] = set()
+        upkeep_at, stopping = time.monotonic(), False
+        while self._crew.training:
+            ends = self._crew.ends(self._record.step + 1, timeout_s=LOOK_EVERY_S)
+            if failures := [end for end in ends if isinstance(end, Failure)]:
+                return failures
+            statuses |= {end["outcome"]["status"] for end in ends if not isinstance(end, Failure)}
+            if self._stop.is_set() and not stopping:
+                stopping = True
+                self._go(State.STOPPING)
+                self._crew.stop()
+            if time.monotonic() - upkeep_at > UPKEEP_EVERY_S:
+                upkeep_at = time.monotonic()
+                self._look_after()
+                if (
+                    not stopping
+                    and not self._record.recovering
+                    and (growth := self._crew.whole_again()) is not None
+                ):
+                    return growth
+        return State.STOPPED if "stopped" in statuses else State.FINISHED
+
+    def _look_after(self) -> None:
+        if (phase := self._crew.phase()) is not None:
+            self._phase = phase
+        if self._crew.recovers and not self._record.recovering:
+            # not before: a new spare's start would slow a recovery down
+            for pid in self._crew.keep_up():
+                message = f"the spare process {pid} died; another one takes its place"
+                self._record.event("fault", **{"class": "spare", "message": message})
+
+    def _recover(self, failures: list[Failure]) -> Verdict | None:
+        """Form the ranks anew around those that are lost; a verdict when the run cannot go on."""
+        for number in itertools.count(1):
+            self._go(State.RECOVERING)
+            self._record.begin_recovery(min(failure.time_unix for failure in failures))
+            failures = self._hear(failures)
+            verdict, fault, remedy = self._judge(failures, number)
+            if isinstance(remedy, Stop):
+                return verdict
+            self._record.end_phase("decide")
+            lost = fault.ranks if fault.kind != "exception" else ()
+            late = self._begin_epoch(remedy, lost)
+            if not late:
+                return None
+            failures = late if self._state is State.FORMING else [*failures, *late]
+        raise AssertionError("the policy bounds the rounds")
+
+    def _begin_epoch(self, remedy: Replace | Shrink, lost: Collection[int]) -> list[Failure]:
+        """End the present epoch and form the next as `remedy` says; what was lost meanwhile, which is why it
+        is not formed.
+        """
+        self._crew.fence_off()
+        self._record.fenced_unix = time.time()
+        late = self._crew.break_off(lost, step_s=self._record.step_s, step=self._record.step + 1)
+        self._record.end_epoch()
+        self._record.end_phase("fence")
+        if late:
+            return late
+        self._crew.carry_out(remedy, lost=lost)
+        self._go(State.FORMING)
         try:
-            status = ray.get(fleet.workers[0].status.remote(), timeout=ANSWER_S)
-        except (GetTimeoutError, RayActorError):
-            return  # its end, or the others' timeout, will tell
-        self._phase = status["phase"]
+            self._form()
+        except Interrupted:
+            return self._who_is_lost()
+        return []
+
+    def _grow(self, remedy: Shrink) -> Verdict | None:
+        """Go on with as many ranks as at the start, since the missing ones are here; a verdict when that, and
+        the recovery from it, came to nothing.
+        """
+        self._go(State.RECOVERING)
+        self._record.begin_recovery(time.time())
+        before, after = self._crew.plan.layout, remedy.layout
+        sentence = f"{after.world_size} processes are here again, so the run goes on as it was begun"
+        fields = {"sentence": sentence, "layout": str(after), "before": str(before)}
+        self._record.event("resized", world_size=after.world_size, **fields)
+        late = self._begin_epoch(remedy, ())
+        return self._recover(late) if late else None
+
+    def _hear(self, failures: list[Failure]) -> list[Failure]:
+        """Hear the other ranks for a moment: the first to be heard need not be the first to have failed."""
+        heard = list(failures)
+        deadline = time.monotonic() + (CAUSE_S if self._crew.recovers else OTHERS_SPEAK_S)
+        while self._crew.training and time.monotonic() < deadline:
+            if self._crew.recovers and (causes := [one for one in heard if not one.lost_peer]):
+                seen = any(one.kind in ("died", "stopped") for one in causes)
+                deadline = min(deadline, time.monotonic() + (0.0 if seen else ALIKE_S))
+            wait_s = min(LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
+            heard += self._failures(wait_s)
+        return heard
+
+    def _failures(self, timeout_s: float) -> list[Failure]:
+        ends = self._crew.ends(self._record.step + 1, timeout_s=timeout_s)
+        return [end for end in ends if isinstance(end, Failure)]
+
+    def _judge(self, failures: list[Failure], number: int) -> tuple[Verdict, Fault, Remedy]:
+        """What happened and what to do, both written down."""
+        crew = self._crew
+        missing = {}
+        if all(failure.lost_peer for failure in failures):
+            missing = {rank: crew.answers(rank) for rank in crew.training}
+        verdict = decide(failures, missing=missing)
+        uptime_s = time.monotonic() - self._begun
+        fault = fault_of(verdict, failures, nodes=crew.nodes, lost_nodes=crew.lost_nodes, uptime_s=uptime_s)
+        if not crew.recovers:
+            self._record.event("verdict", **verdict.as_event())
+            return verdict, fault, Stop(sentence="snapshot.enabled = false")
+        plan, spares = crew.plan, crew.spares()
+        remedy = hopeless(verdict, fault, world_size=plan.layout.world_size) or remedy_for(
+            fault, self._history, layout=plan.layout, spares=spares, legal=legal_of(plan), round=number
+        )
+        self._history.append(fault)
+        if isinstance(remedy, Stop) and fault.kind != "exception":
+            verdict = replace(verdict, sentence=f"{verdict.sentence}; {remedy.sentence}")
+        self._record.event("verdict", **verdict.as_event())
+        self._record.event("remedy", **remedy_fields(remedy, crew.spare_pids()))
+        return verdict, fault, remedy
+
+    def _who_is_lost(self) -> list[Failure]:
+        """The ranks that were lost while all were forming. Raises FleetError when none is."""
+        deadline = time.monotonic() + CAUSE_S
+        while time.monotonic() < deadline:
+            if found := self._failures(0.0):
+                return found
+            time.sleep(LOOK_EVERY_S / 2)
+        silent = [rank for rank in range(self._crew.plan.layout.world_size) if not self._crew.answers(rank)]
+        if not silent:
+            raise FleetError("the ranks could not find each other again, and none of them is lost")
+        told = "its process does not answer"
+        return [Failure(rank, self._record.step + 1, "stopped", told, time.time()) for rank in silent]
 
     def _finish(self, state: State, verdict: Verdict | None = None) -> dict[str, Any]:
         self._go(state)
-        with self._lock:
-            # last event, then the summary that counts it
-            self._news.append({"event": self._journal.event("run_finished", self._step, status=state.value)})
-            extra: dict[str, Any] = {
-                "world_size": self._plan.layout.world_size,
-                "layout": str(self._plan.layout),
-            }
-            if verdict is not None:
-                extra |= {"verdict": verdict.sentence}
-            return self._journal.summary(state.value, **extra)
-
-    def _formed(self, fleet: Fleet) -> dict[str, Any]:
-        return {
-            "epoch": 1,
-            "world_size": self._plan.layout.world_size,
-            "layout": str(self._plan.layout),
-            "nodes": [place.node for place in fleet.places],
-            "pids": [place.pid for place in fleet.places],
-        }
-
-    def _event(self, kind: Any, **fields: Any) -> None:
-        with self._lock:
-            self._news.append({"event": self._journal.event(kind, self._step, **fields)})
+        layout = self._crew.plan.layout
+        extra: dict[str, Any] = {"world_size": layout.world_size, "layout": str(layout)}
+        if verdict is not None:
+            extra |= {"verdict": verdict.sentence}
+        return self._record.finish(state.value, **extra)
 
     def _go(self, state: State) -> None:
         allowed = TRANSITIONS[self._state]
         assert state in allowed, f"a run that is {self._state.value} cannot become {state.value}"
         self._state = state
         self._phase = state.value
-
-
-def _death(error: RayActorError) -> str:
-    """Why an actor's process ended, as far as Ray can tell."""
-    text = str(error).lower()
-    if "memory pressure" in text or "out_of_memory" in text:
-        return "its process was killed by Ray, because its machine ran out of memory"
-    if "node" in text and ("node has died" in text or "node died" in text or "node is dead" in text):
-        return "its machine was lost"
-    return "its process ended without a Python error: killed from outside, or crashed in native code"

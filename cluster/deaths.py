@@ -10,9 +10,8 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Sequence
 
-from .fleet import Place
+from .worker import Place
 
 _GET_INFO = (3 << 30) | (64 << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _EXIT = 1 << 3  # PIDFD_INFO_EXIT in the mask
@@ -21,19 +20,21 @@ _REAPED_WITHIN_S = 1.0  # the raylet reaps at once; its machine may be busy
 
 
 class Deaths:
-    """Handles on the workers of this machine, opened while they live."""
+    """Handles on the processes of this machine, opened while they live."""
 
-    def __init__(self, places: Sequence[Place], node: str) -> None:
+    def __init__(self, node: str) -> None:
+        self._node = node
         self._handles: dict[int, int] = {}
-        if hasattr(os, "pidfd_open"):
-            for rank, place in enumerate(places):
-                if place.node == node:
-                    with contextlib.suppress(OSError):  # gone already, or a kernel without handles
-                        self._handles[rank] = os.pidfd_open(place.pid)
 
-    def how(self, rank: int) -> str | None:
-        """How the process of `rank` died, in a few words; None where nobody knows."""
-        handle = self._handles.get(rank)
+    def follow(self, place: Place) -> None:
+        """Be ready to tell how the process at `place` dies."""
+        if hasattr(os, "pidfd_open") and place.node == self._node and place.pid not in self._handles:
+            with contextlib.suppress(OSError):  # gone already, or a kernel without handles
+                self._handles[place.pid] = os.pidfd_open(place.pid)
+
+    def how(self, pid: int) -> str | None:
+        """How a process died, in a few words; None where nobody knows."""
+        handle = self._handles.get(pid)
         deadline = time.monotonic() + _REAPED_WITHIN_S
         while handle is not None and time.monotonic() < deadline:
             raw = bytearray(_LAYOUT.pack(_EXIT, *[0] * 13))

@@ -14,6 +14,7 @@ from .controller import Controller
 from .home import Home
 from .interrupts import Interrupts, interrupts
 from .progress import Progress
+from .reaper import MARK
 from .session import SessionLost, check_embedded, ray_session
 
 LOOK_EVERY_S = 0.25
@@ -30,17 +31,19 @@ def launch(plan: RunPlan, *, home: Home, quiet: bool) -> dict[str, Any]:
     with Progress(steps=config.run.steps, quiet=quiet) as progress, interrupts() as asked:
         progress.phase("starting Ray")
         cpus = max(world_size, os.cpu_count() or 1)
-        gpus = world_size if plan.device == "cuda" else 0
+        spares = max(0, config.snapshot.spares) if config.snapshot.enabled is not False else 0
+        gpus = world_size + spares if plan.device == "cuda" else 0
         try:
             with ray_session(config.run.address, cpus=cpus, gpus=gpus, namespace="rayfold"):
                 asked.listen()  # ray.init has taken SIGTERM for itself
                 options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
                     "num_cpus": 0,
                     "max_restarts": 0,
-                    "concurrency_groups": {"control": 2, "record": 1},
+                    "concurrency_groups": {"control": 3, "record": 1},
                 }
                 actor = ray.remote(**options)(Controller)
-                controller = actor.remote(config.to_dict(), home)
+                session = os.environ.get(MARK, "") if config.run.address == "local" else ""
+                controller = actor.remote(config.to_dict(), home, session)
                 return _watch(controller, progress, asked)
         except (RayActorError, GetTimeoutError, SessionLost) as error:
             return _close_record(plan, error)  # after the session: nobody else writes any more

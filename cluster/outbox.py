@@ -14,14 +14,19 @@ PUSH_EVERY_S = 0.2  # how stale the progress line may be
 FLUSH_TIMEOUT_S = 60.0  # a controller that does not answer this long is gone, and Ray ends its workers
 
 
+class EpochOver(OSError):
+    """The run goes on without what this rank was part of."""
+
+
 class Outbox:
-    """Implements `runtime.trainer.Recorder`. Metrics of rank 0 speak for all ranks; events are told by
-    whoever has them.
+    """Implements `runtime.trainer.Recorder` for one epoch. Metrics of rank 0 speak for all ranks; events are
+    told by whoever has them.
     """
 
-    def __init__(self, controller: Any, *, rank: int) -> None:
+    def __init__(self, controller: Any, *, rank: int, epoch: int) -> None:
         self._controller = controller
         self._rank = rank
+        self._epoch = epoch
         self._lines: list[tuple[str, dict[str, Any]]] = []
         self._told = self._pushed = 0
         self._error: OSError | None = None
@@ -31,13 +36,19 @@ class Outbox:
         self._thread.start()
 
     def metric(self, values: dict[str, Any]) -> None:
-        """One optimizer step."""
-        if self._rank == 0:
+        """One optimizer step. Raises EpochOver on every rank that was told so, at its next step."""
+        if self._rank == 0 or self._error is not None:
             self._tell("metric", values)
 
     def event(self, kind: EventKind, step: int, **fields: Any) -> None:
         """Something worth remembering."""
         self._tell("event", {"kind": kind, "step": step, **fields})
+
+    def end_epoch(self) -> None:
+        """Take in no more; what is on its way still goes."""
+        with self._changed:
+            self._error = self._error or EpochOver(f"rank {self._rank} was told to leave epoch {self._epoch}")
+            self._changed.notify_all()
 
     def flush(self) -> None:
         """Return when the controller has written down all that was told. Raises TimeoutError when it does
@@ -63,11 +74,15 @@ class Outbox:
 
     def _push(self, lines: list[tuple[str, dict[str, Any]]]) -> OSError | None:
         try:
-            ray.get(self._controller.record.remote(lines), timeout=FLUSH_TIMEOUT_S)
+            taken = ray.get(self._controller.record.remote(lines, self._epoch), timeout=FLUSH_TIMEOUT_S)
         except RayTaskError as error:
             return OSError(f"the record of the run cannot be written: {error.cause}")
         except (RayActorError, GetTimeoutError) as error:
             return OSError(f"the controller does not take in the record: {type(error).__name__}")
+        if not taken:
+            return EpochOver(
+                f"epoch {self._epoch} of the run is over: what its ranks tell is no longer taken in"
+            )
         with self._changed:
             self._pushed += len(lines)
             self._changed.notify_all()
@@ -79,11 +94,14 @@ class Outbox:
                 raise self._error  # training that nobody records is worth nothing
             self._lines.append((what, values))
             self._told += 1
+            if what == "event":  # rare, and somebody may be waiting for it
+                self._changed.notify_all()
 
     def _push_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait(PUSH_EVERY_S)
+                if not self._closed and not any(what == "event" for what, _ in self._lines):
+                    self._changed.wait(PUSH_EVERY_S)
                 lines, self._lines = self._lines, []
                 closed = self._closed
             if lines and (error := self._push(lines)) is not None:

@@ -12,6 +12,8 @@ SPOKEN = {  # events worth a line of their own
     "restored": "goes on from step {from_step} ({source})",
     "checkpoint": "checkpoint of step {step} is durable ({seconds:.1f} s)",
     "fault": "{class}: {message}",
+    "remedy": "{sentence}",
+    "resized": "{sentence}",
 }
 
 

@@ -6,17 +6,24 @@ is ended and the session's folder removed. Standard library only: it must start 
 nothing that can be broken.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 
 MARK = "RAYFOLD_SESSION"  # environment variable that every process of a session inherits
+SHARED_MEMORY = "/dev/shm"
+_MEMORY, _CLAIM = "-state", "in-use"  # how a folder in memory ends, and the file in it that says so
+_CLAIMED_WITHIN_S = 60.0  # a reaper claims its folder as soon as it has made it
 _ROUNDS, _PAUSE_S = (
     50,
     0.1,
 )  # processes may still be starting others while they are ended; five seconds is ample
+_EMPTY_ROUNDS = 3  # a process that is just starting shows no environment for a moment
 
 
 def session_processes(session: str) -> list[int]:
@@ -41,10 +48,12 @@ def session_processes(session: str) -> list[int]:
 
 
 def end_session(session: str) -> None:
-    """End every process of the session, then remove its folder."""
+    """End every process of the session, then remove its folders."""
+    empty = 0
     for _ in range(_ROUNDS):
         pids = session_processes(session)
-        if not pids:
+        empty = 0 if pids else empty + 1
+        if empty == _EMPTY_ROUNDS:
             break
         for pid in pids:
             try:
@@ -53,6 +62,46 @@ def end_session(session: str) -> None:
                 continue  # gone meanwhile
         time.sleep(_PAUSE_S)
     shutil.rmtree(session, ignore_errors=True)
+    shutil.rmtree(memory_folder(session), ignore_errors=True)
+
+
+def memory_folder(session: str) -> str:
+    """Where the processes of a session keep what lies in memory: a folder named after it."""
+    return os.path.join(_memory_root(), os.path.basename(session) + _MEMORY)
+
+
+def claim_memory(session: str) -> int:
+    """Make the session's folder in memory; it counts as in use for as long as the descriptor is open."""
+    folder = memory_folder(session)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    claim = os.open(os.path.join(folder, _CLAIM), os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(claim, fcntl.LOCK_EX)
+    return claim
+
+
+def clear_abandoned_memory() -> None:
+    """Remove the folders of sessions whose reaper was killed too: nobody else would give the memory back."""
+    root = _memory_root()
+    for name in os.listdir(root):
+        folder = os.path.join(root, name)
+        try:
+            # one without a claim is a joined cluster's, and a new one may not be claimed yet
+            if not name.endswith(_MEMORY) or time.time() - os.stat(folder).st_mtime < _CLAIMED_WITHIN_S:
+                continue
+            claim = os.open(os.path.join(folder, _CLAIM), os.O_RDWR)
+        except OSError:
+            continue  # gone meanwhile, another user's, or none of ours
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # in use
+        finally:
+            os.close(claim)
+
+
+def _memory_root() -> str:
+    return SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else tempfile.gettempdir()
 
 
 def main() -> None:
@@ -60,6 +109,8 @@ def main() -> None:
     session, pipe = sys.argv[1], int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a closing terminal are for the command
+    with contextlib.suppress(OSError):  # no room for a folder: then there will be no memory to give back
+        claim_memory(session)  # let go of by the kernel when this process ends
     while os.read(pipe, 1):
         pass
     end_session(session)

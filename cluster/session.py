@@ -81,6 +81,7 @@ def check_embedded() -> None:
 
 @contextmanager
 def _embedded(*, cpus: int, gpus: int, namespace: str) -> Iterator[None]:
+    reaper.clear_abandoned_memory()
     folder = tempfile.mkdtemp(prefix="rayfold-")  # short: sockets lie in it, whose paths end at 107 letters
     read_end, write_end = os.pipe()
     watcher = subprocess.Popen(

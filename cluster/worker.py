@@ -1,8 +1,9 @@
-"""The actor around one rank: a training call that lasts as long as the run, and control calls that answer
-beside it.
+"""The actor around one rank: a training call that lasts as long as an epoch of the run, and control calls
+that answer beside it.
 
-The controller names this class without importing torch; the actor's own process imports it, as early as it
-can.
+An epoch ends for all ranks when one is lost: `leave` breaks their connections, so that `train` returns
+whatever it was waiting for; then they `join` the next epoch and train again in the same process. The
+controller names this class without importing torch; the actor's own process imports it, as early as it can.
 """
 
 import os
@@ -20,10 +21,15 @@ from ..faulttol.verdict import failure_of
 from ..runtime.config import check_config
 from ..runtime.plan import make_run_plan
 from .home import Home
-from .outbox import Outbox
+from .memory import Memory
+from .outbox import EpochOver, Outbox
+from .sockets import break_connections_to, break_gloo
 
 if TYPE_CHECKING:
+    from ..runtime.place import Warm
     from ..runtime.trainer import Trainer
+
+BREAK_AGAIN_S = 0.05  # a rank may have been between two groups when its connections were broken
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,17 @@ class Place:
     host: str
     pid: int
     cpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """The place of a process among the ranks of an epoch."""
+
+    epoch: int
+    rank: int
+    world_size: int
+    store: tuple[str, int]  # host and port where the ranks meet
+    threads: int
 
 
 class Worker:
@@ -47,7 +64,12 @@ class Worker:
 
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
-        self._store: Any = None
+        self._outbox: Outbox | None = None
+        self._warm: Warm | None = None  # what stays of an epoch for the next
+        self._store: Any = None  # held for as long as its groups are
+        self._port = 0
+        self._left = 0  # the last epoch that this process was told to leave
+        self._busy = threading.Lock()  # held while it trains or joins
 
     @ray.method(concurrency_group="control")
     def place(self) -> Place:
@@ -56,61 +78,84 @@ class Worker:
         return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid(), cpus)
 
     @ray.method(concurrency_group="control")
-    def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Open the meeting point of all ranks in this process; returns its address."""
-        from torch.distributed import TCPStore
-
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
-        return host, self._store.port
-
-    @ray.method(concurrency_group="control")
-    def join(
-        self, rank: int, world_size: int, store: tuple[str, int], plan: dict[str, Any], threads: int
-    ) -> None:
-        """Form the process group with the other ranks."""
+    def join(self, seat: Seat, plan: dict[str, Any]) -> None:
+        """Form the process group of an epoch with the other ranks. Raises Fenced when that epoch is over."""
         import torch
         import torch.distributed as dist
 
-        run = plan["run"]
-        torch.set_num_threads(threads)
-        if run["address"] == "local" and sys.platform == "linux":
-            os.environ.setdefault(
-                "GLOO_SOCKET_IFNAME", "lo"
-            )  # one machine: no need to be reachable from outside
-        meeting = dist.TCPStore(
-            store[0], store[1], is_master=False, timeout=timedelta(seconds=run["start_timeout_s"])
-        )
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if run["device"] == "cuda" else "gloo",
-            store=dist.PrefixStore("epoch-1", meeting),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=run["collective_timeout_s"]),
-        )
+        from ..faulttol.epoch import Fence, Fenced, scoped
 
-    def train(self, *, rank: int, plan: dict[str, Any], controller: Any) -> dict[str, Any]:
-        """Train to the end; returns an outcome or a failure as plain values, and raises nothing of the
-        user's.
+        run = plan["run"]
+        with self._busy:
+            if seat.epoch <= self._left:
+                raise Fenced(f"rank {seat.rank} was told to leave epoch {seat.epoch} before it had joined")
+            torch.set_num_threads(seat.threads)
+            if run["address"] == "local" and sys.platform == "linux":
+                # one machine: no need to be reachable from outside
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._port = seat.store[1]
+            self._store = dist.TCPStore(
+                *seat.store, is_master=False, timeout=timedelta(seconds=run["start_timeout_s"])
+            )
+            Fence(self._store, seat.epoch, who=f"rank {seat.rank}").check()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if run["device"] == "cuda" else "gloo",
+                store=scoped(self._store, seat.epoch),
+                rank=seat.rank,
+                world_size=seat.world_size,
+                timeout=timedelta(seconds=run["collective_timeout_s"]),
+            )
+
+    def train(
+        self, *, epoch: int, rank: int, plan: dict[str, Any], controller: Any, memory: Memory | None
+    ) -> dict[str, Any]:
+        """Train to the end of the run or of the epoch; returns an outcome, a failure, or that it left, as
+        plain values, and raises nothing of the user's.
         """
+        from ..runtime.place import Warm
         from ..runtime.trainer import Trainer
 
         config = check_config(plan)
         gpus = int(config.run.device == "cuda")
-        outbox = Outbox(controller, rank=rank)
-        self._trainer = Trainer(make_run_plan(config, cpus=1, gpus=gpus), outbox, self._stop)
-        try:
-            return {"outcome": asdict(self._trainer.run())}
-        except BaseException as error:  # whatever the user's code raises, sys.exit too, becomes the verdict
-            return {
-                "failure": asdict(
-                    failure_of(error, rank=rank, step=self._trainer.step, time_unix=time.time())
-                )
-            }
-        finally:
-            outbox.close()
+        with self._busy:
+            if epoch <= self._left:
+                return {"left": epoch}
+            self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch)
+            self._warm = self._warm or Warm()
+            self._trainer = Trainer(
+                make_run_plan(config, cpus=1, gpus=gpus),
+                outbox,
+                self._stop,
+                place=memory.place(epoch) if memory is not None else None,
+                warm=self._warm if memory is not None else None,
+            )
+            try:
+                return {"outcome": asdict(self._trainer.run())}
+            except (
+                BaseException
+            ) as error:  # whatever the user's code raises, sys.exit too, becomes the verdict
+                failure = failure_of(error, rank=rank, step=self._trainer.step, time_unix=time.time())
+                if epoch <= self._left and (failure.lost_peer or isinstance(error, EpochOver)):
+                    return {"left": epoch}
+                return {"failure": asdict(failure)}
+            finally:
+                outbox.close()
+
+    @ray.method(concurrency_group="control")
+    def leave(self, epoch: int) -> None:
+        """Break off whatever waits for other ranks, and return when nothing does. Waits as long as the rank
+        computes; the caller bounds it.
+        """
+        self._left = max(self._left, epoch)
+        if self._outbox is not None:
+            self._outbox.end_epoch()  # a rank without others waits for nobody
+        while not self._busy.acquire(timeout=BREAK_AGAIN_S):
+            _break_groups()
+            if self._port:
+                break_connections_to(self._port)
+        self._busy.release()
 
     @ray.method(concurrency_group="control")
     def status(self) -> dict[str, Any]:
@@ -122,3 +167,13 @@ class Worker:
     def stop(self) -> None:
         """Ask the run to stop after the step it is in."""
         self._stop.set()
+
+
+def _break_groups() -> None:
+    """Let go of every collective of this process, on whatever device."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    break_gloo()
+    if torch.cuda.is_available() and distributed_c10d.is_initialized():
+        distributed_c10d._abort_process_group()  # ends kernels of NCCL that wait for a lost peer

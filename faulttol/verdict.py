@@ -38,11 +38,11 @@ _LIBRARIES = (
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end: an exception, or a death that left none."""
+    """One rank's end: an exception, a death that left none, or a stop from which it tells nothing."""
 
     rank: int
     step: int
-    kind: str  # the exception's type, or "died"
+    kind: str  # the exception's type, "died" or "stopped"
     message: str
     time_unix: float
     frames: list[str] = field(default_factory=list)  # last frames in the user's code, innermost last
@@ -62,7 +62,7 @@ class Verdict:
 
     sentence: str
     ranks: list[int]
-    cls: str  # "exception", "died", "silent", "start" or "controller"
+    cls: str  # "exception", "died", "stopped", "silent", "start" or "controller"
     step: int
     evidence: dict[str, Any]
 
@@ -118,8 +118,8 @@ def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = 
     if first.lost_peer:
         alike = [first.rank]
     who = f"rank {alike[0]}" if len(alike) == 1 else f"ranks {', '.join(map(str, alike))}"
-    if first.kind == "died":
-        sentence = f"{who} died {when}: {first.message}"
+    if first.kind in ("died", "stopped"):
+        sentence = f"{who} {'died' if first.kind == 'died' else 'was stopped'} {when}: {first.message}"
     else:
         where = f" ({first.frames[-1]})" if first.frames else ""
         sentence = f"{who} failed {when}: {first.kind}: {_one_line(first.message)}{where}"
@@ -127,7 +127,7 @@ def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = 
     return Verdict(
         sentence=sentence,
         ranks=alike,
-        cls="died" if first.kind == "died" else "exception",
+        cls=first.kind if first.kind in ("died", "stopped") else "exception",
         step=first.step,
         evidence={
             "exception": first.kind,

@@ -50,6 +50,9 @@ from torch import nn
 from torch.distributed import get_rank
 
 
+SEEDS = {}  # of the steps that this process has trained, in order: trained again, a step has the same one
+
+
 class Paced(nn.Module):
     def __init__(self, vocab_size, pause_s, trouble, rank, step):
         super().__init__()
@@ -57,12 +60,11 @@ class Paced(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(16, 16)])
         self.head = nn.Linear(16, vocab_size)
         self.pause_s, self.trouble, self.rank, self.step = pause_s, trouble, rank, step
-        self.calls = 0
 
     def forward(self, tokens, *, positions, document_ids):
-        self.calls += self.training
+        number = SEEDS.setdefault(torch.initial_seed(), len(SEEDS) + 1) if self.training else 0
         time.sleep(self.pause_s)
-        if self.trouble and self.calls == self.step and get_rank() == self.rank:
+        if self.trouble and number == self.step and get_rank() == self.rank:
             make_trouble(self.trouble)
         x = self.embedding(tokens)
         for block in self.blocks:

@@ -1,5 +1,6 @@
 """The state machine of a run, and the queue from a rank to its controller."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,15 @@ import ray
 from commands import Bench
 
 from rayfold.cluster import outbox as outbox_module
+from rayfold.cluster import reaper
 from rayfold.cluster.controller import TRANSITIONS, State
 from rayfold.cluster.deaths import describe
 from rayfold.cluster.interrupts import Interrupts, StoppedAtOnce
-from rayfold.cluster.outbox import Outbox
+from rayfold.cluster.outbox import EpochOver, Outbox
 from rayfold.cluster.reaper import session_processes
 from rayfold.cluster.session import ray_session
 
+EPOCH = 3
 ENDS = {State.FINISHED, State.STOPPED, State.FAILED}
 
 
@@ -83,11 +86,13 @@ def listener(*, delay_s: float = 0.0, fails: bool = False) -> Any:
         def __init__(self) -> None:
             self.heard: list[Any] = []
 
-        def record(self, lines: list[Any]) -> None:
+        def record(self, lines: list[Any], epoch: int) -> bool:
             time.sleep(delay_s)
             if fails:
                 raise OSError("No space left on device")
-            self.heard += lines
+            if epoch == EPOCH:
+                self.heard += lines
+            return epoch == EPOCH
 
         def told(self) -> list[Any]:
             return self.heard
@@ -100,7 +105,7 @@ def listener(*, delay_s: float = 0.0, fails: bool = False) -> Any:
 def test_what_a_rank_tells_arrives_once_and_in_order_and_flush_waits_for_it() -> None:
     """The record is what tools read; a line lost, doubled or out of order would be a lie."""
     actor = listener(delay_s=0.02)
-    outbox = Outbox(actor, rank=0)
+    outbox = Outbox(actor, rank=0, epoch=EPOCH)
     for step in range(200):
         outbox.metric({"step": step})
         if step % 50 == 0:
@@ -120,7 +125,7 @@ def test_what_a_rank_tells_arrives_once_and_in_order_and_flush_waits_for_it() ->
 def test_only_rank_zero_tells_metrics() -> None:
     """Every rank has the same global figures; one line a step is the contract."""
     actor = listener()
-    outbox = Outbox(actor, rank=3)
+    outbox = Outbox(actor, rank=3, epoch=EPOCH)
     outbox.metric({"step": 1})
     outbox.event("fault", 1)
     outbox.close()
@@ -136,7 +141,7 @@ def test_a_record_that_cannot_be_written_stops_the_writer_of_checkpoints(
     """A full disk must not look like a record that is fine; telling itself never waits."""
     monkeypatch.setattr(outbox_module, "FLUSH_TIMEOUT_S", 2.0)
     actor = listener(fails=trouble == "fails", delay_s=30.0 if trouble == "is silent" else 0.0)
-    outbox = Outbox(actor, rank=0)
+    outbox = Outbox(actor, rank=0, epoch=EPOCH)
     if trouble == "dies":
         ray.kill(actor)
     started = time.monotonic()
@@ -148,6 +153,52 @@ def test_a_record_that_cannot_be_written_stops_the_writer_of_checkpoints(
         outbox.metric({"step": 2})
     assert time.monotonic() - started < 5.0
     outbox.close()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("connected")
+def test_a_rank_of_an_epoch_that_is_over_records_nothing() -> None:
+    """A rank that was given up and wakes up again must not write over what its successor tells."""
+    actor = listener()
+    outbox = Outbox(actor, rank=0, epoch=EPOCH - 1)
+    outbox.metric({"step": 1})
+    with pytest.raises(EpochOver):
+        outbox.flush()
+    outbox.close()
+    assert ray.get(actor.told.remote()) == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("connected")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_told_to_leave_still_tells_what_it_had_and_then_stops(rank: int) -> None:
+    """Alone in its run it waits for nobody whose loss could stop it; its finished steps must not be lost."""
+    actor = listener()
+    outbox = Outbox(actor, rank=rank, epoch=EPOCH)
+    outbox.metric({"step": 1})
+    outbox.end_epoch()
+    with pytest.raises(EpochOver):
+        outbox.metric({"step": 2})
+    outbox.close()
+    assert ray.get(actor.told.remote()) == ([("metric", {"step": 1})] if rank == 0 else [])
+
+
+def test_memory_of_a_session_that_was_killed_whole_is_given_back_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in /dev/shm takes memory until somebody removes it, and nobody may remove a live run's."""
+    monkeypatch.setattr(reaper, "SHARED_MEMORY", str(tmp_path))
+    claims = {name: reaper.claim_memory(f"/tmp/{name}") for name in ("dead", "alive", "new")}
+    (tmp_path / "rayfold-joined-state").mkdir()
+    (tmp_path / "foreign").mkdir()
+    for name in ("dead-state", "alive-state", "rayfold-joined-state", "foreign"):
+        os.utime(tmp_path / name, (0, 0))
+    for name in ("dead", "new"):
+        os.close(claims[name])
+    reaper.clear_abandoned_memory()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"alive-state", "new-state", "rayfold-joined-state", "foreign"}
+    os.close(claims["alive"])
 
 
 def test_a_session_is_found_by_its_mark_alone(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from commands import Bench, Command, events, final_tensors, lines, reached, wait_until
 
+from rayfold.cluster.reaper import memory_folder
+
 KILLS, SAMPLE, SEED = 20, 2, 11
 STEPS, EVERY = 12, 3
 
@@ -31,6 +33,13 @@ def kill_everything(bench: Bench, command: Command) -> None:
                 continue
 
 
+def power_is_back(bench: Bench) -> None:
+    """A machine starts with an empty /tmp and no memory of before."""
+    for session in bench.short.iterdir():
+        shutil.rmtree(memory_folder(str(session)), ignore_errors=True)
+        shutil.rmtree(session, ignore_errors=True)
+
+
 def same_run_killed_at(bench: Bench, config: Path, run_dir: Path, step: int, pause_s: float) -> None:
     """Train up to `step`, lose everything `pause_s` later, and let the same command finish."""
     command = bench.start("train", config, f"run.dir={run_dir}")
@@ -38,8 +47,7 @@ def same_run_killed_at(bench: Bench, config: Path, run_dir: Path, step: int, pau
     wait_until(lambda: False, pause_s, "")
     kill_everything(bench, command)
     command.close()
-    for session in bench.short.iterdir():  # the power is back: a machine starts with an empty /tmp
-        shutil.rmtree(session, ignore_errors=True)
+    power_is_back(bench)
     ended = bench.run("train", config, f"run.dir={run_dir}")
     assert ended.status == 0, ended.err
 
@@ -111,8 +119,7 @@ def test_no_step_is_missing_from_the_record_when_a_long_validation_is_cut_short(
     wait_until(lambda: False, 1.5, "")  # step 2 is trained and its validation, of a second or more, goes on
     kill_everything(bench, command)
     command.close()
-    for session in bench.short.iterdir():
-        shutil.rmtree(session, ignore_errors=True)
+    power_is_back(bench)
     assert bench.run("train", paced, *options).status == 0
     assert sorted({line["step"] for line in lines(run_dir / "metrics.jsonl")}) == [1, 2, 3, 4]
 

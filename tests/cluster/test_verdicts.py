@@ -1,4 +1,7 @@
-"""What a failed run tells the user: one sentence with rank, step, cause and place, and not in Ray's words."""
+"""What a failed run tells the user: one sentence with rank, step, cause and place, and not in Ray's words.
+
+Runs here do not recover (`snapshot.enabled = false`) where they could; test_recovery.py has those that do.
+"""
 
 import os
 import re
@@ -9,13 +12,14 @@ from typing import Any
 import pytest
 from commands import Bench, Ended, events, reached, wait_until
 
+NO_RECOVERY = "snapshot.enabled=false"
 CAMPAIGN = pytest.mark.campaign  # a second case of the same kind
 
 
 def check_verdict(ended: Ended, run_dir: Path, *, cls: str, ranks: list[int]) -> dict[str, Any]:
     """A failed run says the same in its last line, its events and its summary; returns the event."""
     assert ended.status == 1, ended.err
-    (verdict,) = events(run_dir, "verdict")
+    verdict = events(run_dir, "verdict")[-1]
     assert verdict["sentence"] == ended.verdict
     assert (verdict["class"], verdict["ranks"]) == (cls, ranks), verdict
     for jargon in ("ActorDied", "RayTaskError", "Owner", "actor_id"):
@@ -29,7 +33,9 @@ def test_an_exception_is_told_with_rank_step_message_and_place(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:
     """The peers fail too, a moment later, because rank 1 left; theirs is not the verdict."""
-    ended = bench.run("train", paced, "model.trouble=raise", "model.rank=1", "model.step=3", "--json")
+    ended = bench.run(
+        "train", paced, "model.trouble=raise", "model.rank=1", "model.step=3", NO_RECOVERY, "--json"
+    )
     verdict = check_verdict(ended, run_dir, cls="exception", ranks=[1])
     assert "rank 1 failed at step 3: ArithmeticError: the flux capacitor is empty" in ended.verdict
     assert re.search(rf"{paced.with_name('paced.py')}:\d+ in make_trouble", ended.verdict)
@@ -46,7 +52,7 @@ def test_a_dead_worker_is_named_with_its_signal(
     bench: Bench, paced: Path, run_dir: Path, number: signal.Signals
 ) -> None:
     """An out-of-memory killer leaves no traceback; the sentence must still say which rank and how it died."""
-    command = bench.start("train", paced, "model.pause_s=0.1", "run.steps=1000")
+    command = bench.start("train", paced, "model.pause_s=0.1", "run.steps=1000", NO_RECOVERY)
     reached(run_dir, 3)
     (formed,) = events(run_dir, "formed")
     os.kill(formed["pids"][1], number)
@@ -61,7 +67,7 @@ def test_a_silent_rank_is_named_and_the_run_ends(bench: Bench, paced: Path, run_
     """A rank that hangs fails nowhere; its peers' timeout names it, and it is ended although it is deaf."""
     trouble = ("model.trouble=sleep", "model.rank=1", "model.step=4") if how == "asleep" else ()
     options = ("model.pause_s=0.1", "run.steps=1000", "run.collective_timeout_s=5", "checkpoint.every=0")
-    command = bench.start("train", paced, *options, *trouble)
+    command = bench.start("train", paced, *options, *trouble, NO_RECOVERY)
     reached(run_dir, 3)
     if how == "stopped":
         os.kill(events(run_dir, "formed")[0]["pids"][1], signal.SIGSTOP)
@@ -76,7 +82,7 @@ def test_a_model_that_cannot_be_built_is_told_before_the_first_step(
 ) -> None:
     """A mistake in the user's own factory, found where it is called."""
     ended = bench.run("train", paced, "model.trouble=build")
-    check_verdict(ended, run_dir, cls="exception", ranks=events(run_dir, "verdict")[0]["ranks"])
+    check_verdict(ended, run_dir, cls="exception", ranks=events(run_dir, "verdict")[-1]["ranks"])
     assert "failed before the first step: ValueError: no such crystal" in ended.verdict
     assert "paced.py:" in ended.verdict
 
@@ -90,7 +96,7 @@ def test_a_source_without_readable_text_ends_with_the_reason(
         path.unlink()
     (text / "broken.parquet").write_bytes(b"PAR1 this is no Parquet file PAR1")
     ended = bench.run("train", small)
-    ranks = events(run_dir, "verdict")[0]["ranks"]  # every rank says so; those heard in time are named
+    ranks = events(run_dir, "verdict")[-1]["ranks"]  # every rank says so; those heard in time are named
     check_verdict(ended, run_dir, cls="exception", ranks=ranks)
     assert set(ranks) <= {0, 1}
     assert "before the first step: DataError" in ended.verdict

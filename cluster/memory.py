@@ -1,0 +1,83 @@
+"""What a rank is told of the memory of its node, and how it takes a part of it."""
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+if TYPE_CHECKING:
+    from ..faulttol.vault import RankFiles
+    from ..runtime.place import SnapshotPlace
+
+
+READ_BYTES = 16 << 20  # at once from another node: far below what Ray's object store holds
+READ_S = 30.0  # for that much, over a network of 1 MB/s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Where the state of a rank may lie."""
+
+    run: str
+    node: str
+    folder: str
+    slots: int
+    share: float  # of the machine's memory that all ranks there may take
+    recorded: int  # last step in the record of the run
+    vaults: dict[str, Any]  # of every node by name
+
+    def place(self, epoch: int) -> "SnapshotPlace":
+        """The same for the trainer, in `epoch`."""
+        from ..runtime.place import SnapshotPlace
+
+        return SnapshotPlace(
+            run=self.run,
+            node=self.node,
+            folder=Path(self.folder),
+            epoch=epoch,
+            reserve=self._reserve,
+            fetch=self._fetch,
+            newest=self.recorded,
+            recorded=self.recorded,
+        )
+
+    def _reserve(self, rank: int, nbytes: int) -> "RankFiles":
+        from ..faulttol.vault import Vault
+
+        budget = int(self.share * machine_bytes())
+        os.makedirs(self.folder, exist_ok=True)
+        with open(lock_of(Path(self.folder)), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of the node at a time; let go of by the kernel
+            return Vault(self.folder, budget, run=self.run, slots=self.slots).reserve(rank, nbytes)
+
+    def _fetch(self, where: str) -> Path:
+        """A copy of another node's file, `<node>:<path>`. Raises OSError when that cannot be had."""
+        node, _, path = where.partition(":")
+        if node not in self.vaults:
+            raise FileNotFoundError(f"{where}: its node is lost, or none of this run")
+        copy = Path(self.folder) / f"{node}-{Path(path).name}.copy"
+        try:
+            with open(copy, "wb") as file:
+                while data := ray.get(
+                    self.vaults[node].read.remote(path, file.tell(), READ_BYTES), timeout=READ_S
+                ):
+                    file.write(data)
+        except RayTaskError as error:
+            raise OSError(f"{where}: {error.cause}") from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise OSError(f"{where}: its node does not answer ({type(error).__name__})") from None
+        return copy
+
+
+def lock_of(folder: Path) -> Path:
+    """The file by which the ranks of a node take turns."""
+    return folder.with_suffix(".lock")
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
