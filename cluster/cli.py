@@ -18,10 +18,22 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from ..faulttol.campaign import read_campaign, schedule
+from ..faulttol.outcome import report_table
 from ..runtime.config import ConfigError, CustomModel, documented_keys, read_settings, write_toml
 from ..runtime.journal import SUMMARY, Journal, write_atomically
 from ..runtime.plan import RunPlan, plan_settings
 from ..runtime.resume import check_goes_on, newest_step
+from .chaos import (
+    EXAMPLE,
+    Chaos,
+    check_campaign,
+    failure_of_campaign,
+    kinds_table,
+    planned_lines,
+    run_chaos,
+)
+from .chaos import REPORT as CHAOS_REPORT
 from .claim import claim
 from .home import Home
 from .interrupts import StoppedAtOnce
@@ -94,13 +106,67 @@ def train(
         _end(_finished_summary(plan), as_json=as_json, quiet=quiet)
         return
     _check_what_it_names(plan)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with claim(run_dir):
-        write_atomically(run_dir / "config.toml", write_toml(plan.config))
-        from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
+    _end(_run(plan, home, quiet), as_json=as_json, quiet=quiet)
 
-        summary = launch(plan, home=home, quiet=quiet)
-    _end(summary, as_json=as_json, quiet=quiet)
+
+class _WithKinds(TyperCommand):
+    """A command whose help ends with every kind of fault."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        Console().print(EXAMPLE, markup=False, highlight=False)
+        Console().print(kinds_table())
+
+
+@app.command(cls=_WithKinds)
+def chaos(
+    campaign: Annotated[Path, typer.Argument(help="TOML file that lists faults; see below.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    seed: Annotated[
+        int, typer.Option(help="Draws ranks and steps; the same file and seed give the same faults.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--report", help="JSON file to write; default RUN/chaos.json.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which faults are due when; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train as `rayfold train` does, injure the run on purpose, and report whether it kept its promises.
+
+    Faults come one after another: the next waits until the last is made up for. Each is held against its
+    promise, and its recovery is cut into detect, decide, fence, regroup, restore and catch up. Only processes
+    of this run are touched, and only on this machine.
+
+    Exit 1 if a promise was broken, the run did not finish, or nothing was injected. Start from
+    examples/chaos.toml.
+    """
+    asked = read_campaign(campaign)
+    plan = _plan(config, overrides)
+    home = Home.of_command(config)
+    home.enter()
+    check_campaign(asked, plan)
+    run_dir = plan.config.run_dir
+    planned = schedule(asked, seed, plan.layout)
+    if dry_run:
+        faults = [vars(fault) for fault in planned]
+        print(json.dumps({"faults": faults}) if as_json else "\n".join(planned_lines(planned)))
+        return
+    check_goes_on(run_dir, plan.config)
+    _check_what_it_names(plan)
+    made = Chaos(campaign=asked, planned=planned, seed=seed, report=out or run_dir / CHAOS_REPORT)
+    report = run_chaos(made, run_dir, lambda: _run(plan, home, quiet))
+    if as_json:
+        print(json.dumps(report))
+    elif not quiet:
+        print(report_table(report))
+        print(f"\nreport: {made.report}")
+    if (failed := failure_of_campaign(report)) is not None:
+        errors.print(failed, markup=False)
+        raise typer.Exit(1)
 
 
 @app.command(cls=_WithKeys)
@@ -240,6 +306,17 @@ def _finished_summary(plan: RunPlan) -> dict[str, Any]:
     made = journal.summary("finished", world_size=layout.world_size, layout=str(layout))
     journal.close()
     return made
+
+
+def _run(plan: RunPlan, home: Home, quiet: bool) -> dict[str, Any]:
+    """Train in the run's folder, alone there; the summary."""
+    run_dir = plan.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with claim(run_dir):
+        write_atomically(run_dir / "config.toml", write_toml(plan.config))
+        from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
+
+        return launch(plan, home=home, quiet=quiet)
 
 
 def _plan(path: Path, overrides: list[str] | None) -> RunPlan:

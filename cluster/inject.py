@@ -1,0 +1,205 @@
+"""Injects the faults of a campaign into the processes of a run on this machine, from outside.
+
+The run knows nothing of it: where it is follows from its record, which process is which from its last
+`formed` event, and what a rank is doing from the headers of its files in memory. Only processes that carry
+the session's mark are touched. What was done goes to a file of its own beside the record, which has one
+writer already.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..faulttol.campaign import PlannedFault
+from ..faulttol.header import FILLING
+from ..faulttol.outcome import PROMISES
+from ..runtime.journal import EVENTS, METRICS
+from .reaper import MARK, session_processes
+from .strikes import files_of, flip_bit, kill_when, send, title_of
+
+LOOK_EVERY_S = 0.01  # a tenth of what deciding and fencing take: a kill must be able to fall between them
+INTO_STEP_S = 1.0  # the most that a kill waits for its place within a step
+END_S = 5.0  # for the thread: a look takes less than INTO_STEP_S and strikes.CATCH_S together
+
+NOT_DUE = "the run ended before it was due"
+
+
+class Tail:
+    """The lines of a JSON lines file that were added since the last look; whole ones only."""
+
+    def __init__(self, path: Path, *, since_unix: float) -> None:
+        """Lines of before `since_unix`, of an earlier command, are left out."""
+        self._path = path
+        self._since = since_unix
+        self._offset = 0
+
+    def news(self) -> list[dict[str, Any]]:
+        """None where the file is not there yet."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                whole = file.read()
+        except FileNotFoundError:
+            return []
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return [line for line in lines if line["time_unix"] >= self._since]
+
+
+@dataclass
+class Situation:
+    """Where a run is, from what it has written."""
+
+    step: int = 0  # the largest recorded
+    step_s: float = 0.0
+    first_unix: float | None = None  # when the first step of this command was recorded
+    last_unix: float = 0.0  # and the last
+    formed: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
+
+    def learn(self, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
+        """Take in new lines of the record."""
+        for line in metrics:
+            self.first_unix = self.first_unix or line["time_unix"]
+            self.step = max(self.step, line["step"])
+            self.step_s, self.last_unix = line["step_time_s"], line["time_unix"]
+        for event in events:
+            if event["kind"] == "formed":
+                self.formed = event
+            if event["kind"] == "verdict":
+                self.verdict = event
+
+    @property
+    def recovering(self) -> bool:
+        """Whether ranks are lost and the others have not formed anew."""
+        return bool(self.verdict) and self.verdict["time_unix"] > self.formed.get("time_unix", 0.0)
+
+    def is_due(self, fault: PlannedFault, now_unix: float) -> bool:
+        """Whether its step or its time has come."""
+        if self.first_unix is None:
+            return False
+        if fault.at_step is not None:
+            return self.step >= fault.at_step
+        return fault.at_s is not None and now_unix - self.first_unix >= fault.at_s
+
+    def is_well(self, injected_unix: float, injected_step: int) -> bool:
+        """Whether what was injected last has been made up for: ranks formed since, and a new step is done."""
+        formed_unix = self.formed.get("time_unix", 0.0)
+        return formed_unix > injected_unix and self.last_unix > formed_unix and self.step > injected_step
+
+
+class Injector:
+    """Injects `planned` in a thread of its own while the run of `run_dir` goes; use it in a `with`.
+
+    One fault that ends an epoch is made up for before the next one comes, except for those that are meant to
+    come in the midst of a recovery: a promise is of one fault.
+    """
+
+    def __init__(
+        self, run_dir: Path, planned: Sequence[PlannedFault], told: TextIO, *, since_unix: float
+    ) -> None:
+        """`told` takes a line for each injection, as events are written."""
+        self.pending = list(planned)
+        self.why: dict[int, str] = {}  # index of a fault -> what it waits for, or why it was not injected
+        self._told = told
+        self._metrics = Tail(run_dir / METRICS, since_unix=since_unix)
+        self._events = Tail(run_dir / EVENTS, since_unix=since_unix)
+        self._now = Situation()
+        self._disturbed: tuple[float, int] | None = None  # when and at what step an epoch was ended last
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
+
+    def __enter__(self) -> "Injector":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(END_S)
+
+    def _run(self) -> None:
+        while self.pending and not self._ended.wait(LOOK_EVERY_S):
+            self._now.learn(self._metrics.news(), self._events.news())
+            for fault in list(self.pending):
+                if not self._now.is_due(fault, time.time()):
+                    self.why[fault.index] = NOT_DUE
+                    continue
+                try:
+                    done = self._try(fault)
+                except Exception as error:  # a campaign must not take the run down: told, and done with
+                    done, self.why[fault.index] = None, f"could not be injected: {error!r}"
+                    self.pending.remove(fault)
+                if done is not None:
+                    self.pending.remove(fault)
+                    break  # the next one sees what this one did
+
+    def _try(self, fault: PlannedFault) -> dict[str, Any] | None:
+        """Inject a fault that is due and tell; None when its moment has not come."""
+        if fault.kind == "kill_in_recovery":
+            if not self._now.recovering:
+                self.why[fault.index] = "no recovery came in which to inject it"
+                return None
+        elif self._disturbed is not None and not self._now.is_well(*self._disturbed):
+            self.why[fault.index] = "the run ended before the fault before was made up for"
+            return None
+        step = self._now.step
+        done = self._inject(fault)
+        if done is not None:
+            line = {"kind": "fault", "step": step, "planned": fault.index, "class": fault.kind}
+            line = {"time_unix": done["time_unix"], **line, "rank": fault.rank, **done}
+            self._told.write(json.dumps(line) + "\n")
+            self._told.flush()
+            if PROMISES[fault.kind].recovers:
+                self._disturbed = done["time_unix"], step
+        return done
+
+    def _inject(self, fault: PlannedFault) -> dict[str, Any] | None:
+        """Do it; fields of its line, None when it cannot be done this instant."""
+        session = os.environ.get(MARK)  # of this process: it is there while the run's Ray is
+        if not session:
+            return None
+        pids: list[int] = self._now.formed.get("pids", [])
+        ours = set(session_processes(session))
+        if fault.kind in ("kill_spare", "kill_vault"):
+            title = "ray::Worker" if fault.kind == "kill_spare" else "ray::VaultActor"
+            found = sorted(pid for pid in ours - set(pids) if title_of(pid).startswith(title))
+            self.why[fault.index] = f"no process {title} was there"
+            return send([found[fault.draw % len(found)]], signal.SIGKILL) if found else None
+        if fault.kind == "kill_all":
+            return send([pid for pid in pids if pid in ours], signal.SIGKILL)
+        rank = fault.rank if fault.kind != "kill_in_recovery" else self._survivor(fault.rank, len(pids))
+        if not 0 <= rank < len(pids) or pids[rank] not in ours:
+            self.why[fault.index] = f"rank {fault.rank} was not there: the run went on with fewer"
+            return None
+        done: dict[str, Any] | None
+        match fault.kind:
+            case "kill_in_update":
+                self.why[fault.index] = "its state was never seen in the middle of an update"
+                done = kill_when(pids[rank], files_of(session, rank, "arena"), lambda words: words.torn)
+            case "kill_in_copy":
+                self.why[fault.index] = "no copy of its state was ever seen under way"
+                slots = files_of(session, rank, "slot-*")
+                done = kill_when(pids[rank], slots, lambda words: words.state == FILLING)
+            case "bit_flip":
+                self.why[fault.index] = "no whole copy of its state was there"
+                done = flip_bit(files_of(session, rank, "slot-*"), fault.draw)
+            case "stop":
+                done = send([pids[rank]], signal.SIGSTOP)
+            case _:
+                if fault.kind == "kill":  # anywhere within a step: a record tells of ends of steps only
+                    self._ended.wait(min(INTO_STEP_S, self._now.step_s * fault.draw / 2**32))
+                done = send([pids[rank]], signal.SIGKILL)
+        return None if done is None else {**done, "rank": rank}
+
+    def _survivor(self, rank: int, world_size: int) -> int:
+        """`rank`, or the next one that is not lost; -1 where all are."""
+        lost = self._now.verdict.get("ranks", [])
+        others = [(rank + i) % world_size for i in range(world_size)]
+        return next((other for other in others if other not in lost), -1)

@@ -1,0 +1,97 @@
+"""What a campaign does to processes and files, and when: a sleeping process, slots made by hand, no Ray."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayfold.cluster.inject import Situation
+from rayfold.cluster.strikes import flip_bit, kill_when
+from rayfold.faulttol.campaign import PlannedFault
+from rayfold.faulttol.header import FILLING, DamagedImage
+from rayfold.faulttol.image import Image
+from rayfold.faulttol.slots import Slot
+
+BYTES = 1000
+
+
+@pytest.fixture
+def victim() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that only sleeps."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+def slot_of_step(path: Path, step: int) -> Slot:
+    """A whole slot."""
+    slot = Slot.create(path, BYTES)
+    slot.begin(BYTES, b"")
+    slot.put(0, (np.arange(BYTES) % 256).astype(np.uint8))
+    slot.seal(step=step, epoch=1, fingerprint="", progress={})
+    return slot
+
+
+def test_a_flipped_bit_is_in_the_newest_copy_and_its_reader_refuses_it(tmp_path: Path) -> None:
+    """Otherwise the fault would test nothing; one bit, as a cosmic ray would."""
+    older, newer = (slot_of_step(tmp_path / f"slot-{step}", step) for step in (4, 5))
+    done = flip_bit([older.path, newer.path], draw=12345)
+    assert done is not None
+    assert (done["of_step"], done["file"]) == (5, str(newer.path))
+    with pytest.raises(DamagedImage):
+        Image.open(newer.path).read(0, BYTES)
+    assert bytes(Image.open(older.path).read(0, 3)) == b"\x00\x01\x02"
+
+
+def test_no_bit_is_flipped_where_there_is_no_whole_copy(tmp_path: Path) -> None:
+    """A copy under way would be written over, and nothing would have been injected."""
+    slot = slot_of_step(tmp_path / "slot", 4)
+    slot.begin(BYTES, b"")
+    assert flip_bit([slot.path], draw=1) is None
+
+
+def test_a_process_is_killed_at_its_moment_and_goes_on_without_one(
+    tmp_path: Path, victim: "subprocess.Popen[bytes]"
+) -> None:
+    """It is halted for the second look, so it must be let go when the moment is not there."""
+    slot = slot_of_step(tmp_path / "slot", 4)
+    looks = iter([True, False])
+    assert kill_when(victim.pid, [slot.path], lambda words: next(looks, False)) is None
+    assert Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()[0] in "RS"
+    slot.begin(BYTES, b"")
+    done = kill_when(victim.pid, [slot.path], lambda words: words.state == FILLING)
+    assert done is not None
+    assert done["pids"] == [victim.pid]
+    assert victim.wait(10) == -9
+
+
+def test_a_fault_is_due_at_its_step_or_its_time_after_the_first_step() -> None:
+    """Starting takes as long as it takes, and no fault of a campaign is about that."""
+    by_step = PlannedFault(index=0, kind="kill", rank=0, at_step=7)
+    by_time = PlannedFault(index=1, kind="kill", rank=0, at_s=2.0)
+    now = Situation()
+    assert not now.is_due(by_step, 1e9)
+    assert not now.is_due(by_time, 1e9)
+    now.learn([{"step": 6, "time_unix": 10.0, "step_time_s": 0.1}], [])
+    assert [now.is_due(fault, 11.0) for fault in (by_step, by_time)] == [False, False]
+    now.learn([{"step": 7, "time_unix": 10.1, "step_time_s": 0.1}], [])
+    assert [now.is_due(fault, 12.1) for fault in (by_step, by_time)] == [True, True]
+
+
+def test_a_fault_is_made_up_for_when_ranks_have_formed_and_a_new_step_is_done() -> None:
+    """Until then the next one would be a second fault of the same recovery, which is another promise."""
+    now = Situation()
+    formed = {"kind": "formed", "time_unix": 1.0}
+    now.learn([{"step": 7, "time_unix": 10.0, "step_time_s": 0.1}], [formed])
+    assert not now.recovering
+    now.learn([], [{"kind": "verdict", "time_unix": 11.1}])
+    assert now.recovering
+    now.learn([{"step": 7, "time_unix": 11.3, "step_time_s": 0.1}], [{**formed, "time_unix": 11.2}])
+    assert not now.recovering
+    assert not now.is_well(11.0, 7), "step 7 was trained again"
+    now.learn([{"step": 8, "time_unix": 11.4, "step_time_s": 0.1}], [])
+    assert now.is_well(11.0, 7)
