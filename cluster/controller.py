@@ -143,7 +143,7 @@ class Controller:
         statuses: set[str] = set()
         upkeep_at, stopping = time.monotonic(), False
         while self._crew.training:
-            ends = self._crew.ends(self._record.step + 1, timeout_s=LOOK_EVERY_S)
+            ends = self._crew.ends(lambda: self._record.step + 1, timeout_s=LOOK_EVERY_S)
             if failures := [end for end in ends if isinstance(end, Failure)]:
                 return failures
             statuses |= {end["outcome"]["status"] for end in ends if not isinstance(end, Failure)}
@@ -233,7 +233,7 @@ class Controller:
         return heard
 
     def _failures(self, timeout_s: float) -> list[Failure]:
-        ends = self._crew.ends(self._record.step + 1, timeout_s=timeout_s)
+        ends = self._crew.ends(lambda: self._record.step + 1, timeout_s=timeout_s)
         return [end for end in ends if isinstance(end, Failure)]
 
     def _judge(self, failures: list[Failure], number: int) -> tuple[Verdict, Fault, Remedy]:

@@ -119,15 +119,16 @@ class Crew:
         """Ranks whose training has not ended."""
         return sorted(self._running.values())
 
-    def ends(self, step: int, *, timeout_s: float) -> list[dict[str, Any] | Failure]:
+    def ends(self, step: Callable[[], int], *, timeout_s: float) -> list[dict[str, Any] | Failure]:
         """How ranks have ended since the last call: outcomes, and failures that they told or that were seen.
-        Waits for the first; `step` is the one that the others are at.
+        Waits for the first; `step()` is the one that the others are at, when something is found.
         """
-        found: list[dict[str, Any] | Failure] = list(self._noticed(step))
+        found: list[dict[str, Any] | Failure] = list(self._noticed(step()))
         if not found and self._running:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
-            found += [self._result(ref, self._running.pop(ref), step) for ref in done]
-            found += self._noticed(step)
+            at = step()
+            found += [self._result(ref, self._running.pop(ref), at) for ref in done]
+            found += self._noticed(at)
         return [end for end in found if isinstance(end, Failure) or "left" not in end]
 
     def noticed_any(self) -> bool:
