@@ -40,6 +40,17 @@ def layouts(world_size: int) -> list[Layout]:
     return legal_layouts(LOAD, world_size=world_size, contexts=CONTEXTS, schedules=tuple(SCHEDULES))  # type: ignore[arg-type]
 
 
+def of_four_ranks() -> list[Layout]:
+    """Every layout with the default schedule, and each other schedule beside one more axis, in turn."""
+    found = layouts(4)
+    usual = [layout for layout in found if layout.schedule == "1f1b"]
+    alone = [layout for layout in found if layout.schedule != "1f1b" and layout.pp == 4]
+    beside = [layout for layout in found if layout.schedule != "1f1b" and layout.pp == 2]
+    schedules = list(dict.fromkeys(layout.schedule for layout in beside))
+    turns = [[x for x in beside if x.schedule == name] for name in schedules]
+    return [*usual, *alone, *(of[number % len(of)] for number, of in enumerate(turns))]
+
+
 def sample(of: Sequence[Layout], count: int) -> list[Layout]:
     """The same ones in every run."""
     return random.Random(20).sample(list(of), count)
@@ -57,7 +68,7 @@ def test_the_reference_clips_and_learns() -> None:
     assert plain.losses[2] < plain.losses[0]
 
 
-@pytest.mark.parametrize("layout", [*layouts(1), *layouts(2), *layouts(4)], ids=str)
+@pytest.mark.parametrize("layout", [*layouts(1), *layouts(2), *of_four_ranks()], ids=str)
 def test_every_layout_trains_as_one_plain_process(layout: Layout) -> None:
     """Uneven valid tokens, ranks without any, accumulation, clipping: nothing shows where samples lie."""
     assert_parity(CASE, layout)
@@ -70,9 +81,9 @@ def test_eight_ranks_train_as_one_plain_process(layout: Layout) -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("layout", layouts(8), ids=str)
-def test_all_layouts_of_eight_ranks_train_as_one_plain_process(layout: Layout) -> None:
-    """Three axes at once, every combination."""
+@pytest.mark.parametrize("layout", [*layouts(4), *layouts(8)], ids=str)
+def test_all_layouts_and_schedules_train_as_one_plain_process(layout: Layout) -> None:
+    """Three axes at once, every combination with every schedule."""
     assert_parity(CASE, layout)
 
 
