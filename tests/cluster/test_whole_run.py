@@ -101,6 +101,7 @@ def check_record(run_dir: Path, result: dict[str, object]) -> None:
         "parallel",
         "kernels",
         "checkpoint",
+        "snapshot",
     }
     metrics = lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, 9))
