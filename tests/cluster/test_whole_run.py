@@ -37,7 +37,7 @@ SUMMARY_KEYS = {
     "goodput",
     "skipped_data",
 }
-FORMED_KEYS = {"time_unix", "kind", "step", "epoch", "world_size", "layout", "nodes", "pids"}
+FORMED_KEYS = {"spare_pids", "time_unix", "kind", "step", "epoch", "world_size", "layout", "nodes", "pids"}
 
 
 @pytest.mark.ray
