@@ -64,9 +64,14 @@ def live(files: RankFiles, numel: int, *, steps: int, finished: Any = None) -> N
 
 def started(work: Callable[..., None], *args: Any) -> Any:
     """A process that runs `work`; whoever starts it joins or kills it."""
-    process = _FORK.Process(target=work, args=args, daemon=True)
+    process = _FORK.Process(target=_alone, args=(work, *args), daemon=True)
     process.start()
     return process
+
+
+def _alone(work: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)  # a fork has none of its parent's other threads, and would wait for them
+    work(*args)
 
 
 def killed(work: Callable[[], None], *, after_s: float | None = None) -> int:
