@@ -165,12 +165,14 @@ MOVES = [
     (layout(dp_shard=2, cp=2), layout(dp_replicate=2, tp=2)),
     (layout(dp_replicate=2, tp=2), layout(pp=4)),
     (layout(pp=4), layout(cp=4)),
+    (layout(pp=2, schedule="zbv"), layout(cp=2, context="ulysses")),
+    (layout(dp_shard=8), layout(cp=2, tp=2, pp=2)),
+]
+MORE_MOVES = [
     (layout(cp=2, tp=2), layout(dp_shard=2, pp=2)),
     (layout(dp_shard=2, pp=2), layout(pp=2, schedule="zbv")),
-    (layout(pp=2, schedule="zbv"), layout(cp=2, context="ulysses")),
     (layout(cp=2, pp=2), layout(dp_replicate=2, dp_shard=2)),
     (layout(dp_shard=2, tp=2, pp=2), layout(dp_replicate=2, cp=2, tp=2)),
-    (layout(dp_shard=8), layout(cp=2, tp=2, pp=2)),
 ]
 
 
@@ -182,7 +184,11 @@ def never_killed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("before", "after"), MOVES, ids=short)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [*MOVES, *(pytest.param(*move, marks=pytest.mark.campaign) for move in MORE_MOVES)],
+    ids=short,
+)
 def test_a_killed_run_goes_on_under_another_layout(
     before: Layout, after: Layout, never_killed: Path, source: Path, tmp_path: Path
 ) -> None:
