@@ -68,8 +68,8 @@ def peaks(plan: RunPlan) -> list[int]:
     "layout",
     [
         "parallel.tp=2 model.vocab_size=8192",
-        "parallel.cp=2",
-        "parallel.pp=2",
+        pytest.param("parallel.cp=2", marks=pytest.mark.campaign),
+        pytest.param("parallel.pp=2", marks=pytest.mark.campaign),
         "parallel.pp=2 parallel.pipeline_schedule=gpipe",
     ],
 )
