@@ -88,23 +88,46 @@ def check_plan(plan: ModelPlan, model: nn.Module) -> None:
                     f'the plan of {type(model).__name__} names the {what} "{pattern}", and the model has '
                     f"none of that name; it has {', '.join(names[:6])}, ..."
                 )
-    roles = set(plan.modules.values())
-    if plan.parameters and not {Role.EMBEDDING, Role.LOSS} <= roles:
-        raise PlanError(
-            f"the plan of {type(model).__name__} cuts parameters, and names no module with Role.EMBEDDING "
-            "or none with Role.LOSS: the sequence is split behind the one and whole again in the other; name "
-            "both"
-        )
-    for name in parameters:
-        bias = name.removesuffix("weight") + "bias"
-        if plan.split_of(name) is Split.ROW and bias in parameters:
-            raise PlanError(
-                f"the plan of {type(model).__name__} cuts {name} by rows, and every rank would add {bias} to "
-                "its part of the sum; leave the bias away"
-            )
+    if plan.parameters:
+        _check_cuts(plan, model)
     if plan.stages is not None:
         for name in (*plan.stages.entry, plan.stages.blocks, *plan.stages.exit):
             if not hasattr(model, name):
                 raise PlanError(
                     f'the plan of {type(model).__name__} cuts at "{name}", which the model does not have'
                 )
+
+
+def _check_cuts(plan: ModelPlan, model: nn.Module) -> None:
+    """Raises PlanError where ranks that hold pieces would compute something else than one that holds all."""
+    who, parameters = type(model).__name__, dict(model.named_parameters())
+    if not {Role.EMBEDDING, Role.LOSS} <= set(plan.modules.values()):
+        raise PlanError(
+            f"the plan of {who} cuts parameters, and names no module with Role.EMBEDDING or none with "
+            "Role.LOSS: the sequence is split behind the one and whole again in the other; name both"
+        )
+    for module in plan.modules_with(Role.EMBEDDING, model):
+        weight = next(name for name, p in parameters.items() if p is module.weight)
+        if plan.split_of(weight) is not Split.VOCABULARY:
+            raise PlanError(
+                f"the plan of {who} gives an embedding Role.EMBEDDING, and {weight} is not cut: a rank knows "
+                "the tokens of its own rows there; cut it by Split.VOCABULARY"
+            )
+    rows = {name: p.shape[0] for name, p in parameters.items() if plan.split_of(name) is Split.VOCABULARY}
+    if len(set(rows.values())) > 1:
+        raise PlanError(
+            f"the plan of {who} cuts vocabularies of several sizes, {rows}: ranks hold the same tokens of all"
+        )
+    for name in parameters:
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in parameters or bias == name:
+            continue
+        if plan.split_of(name) is Split.ROW:
+            raise PlanError(
+                f"the plan of {who} cuts {name} by rows, and every rank would add {bias} to its part of the "
+                "sum; leave the bias away"
+            )
+        if plan.split_of(name) is Split.COLUMN and plan.split_of(bias) is not Split.COLUMN:
+            raise PlanError(
+                f"the plan of {who} cuts {name} by columns and leaves {bias} whole; cut both by Split.COLUMN"
+            )

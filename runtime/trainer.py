@@ -214,7 +214,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         validation = self._validate(mesh, corpus, state.model, last=last)
         line |= {"time_unix": time.time(), "step_time_s": seconds, "tokens_per_s": result.tokens / seconds}
-        line |= {"snapshot_stall_s": stall_s, "memory_bytes": memory_bytes(self._plan.device)}
+        line["snapshot_stall_s"] = stall_s
         if validation is not None:
             line |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
         self._record(line)

@@ -18,9 +18,10 @@ SHAPE = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=47, vocab_size
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_plan_of_a_llama_fits_it(tied: bool) -> None:
-    """Every pattern names something, tied or not."""
+    """Every pattern names something, tied or not, and no matrix is left whole on every rank."""
     model = Llama(replace(SHAPE, tied_embeddings=tied))
     check_plan(model.plan, model)
+    assert all(model.plan.split_of(name) for name, p in model.named_parameters() if p.ndim == 2)
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
@@ -44,6 +45,32 @@ def test_a_bias_behind_a_sum_is_refused() -> None:
     model = Llama(SHAPE)
     model.blocks[0].ffn.down = nn.Linear(47, 32)
     with pytest.raises(PlanError, match=r"every rank would add blocks\.0\.ffn\.down\.bias"):
+        check_plan(model.plan, model)
+
+
+def test_a_bias_is_cut_as_its_matrix_is() -> None:
+    """A rank computes some of the outputs, and has the biases of those."""
+    model = Llama(SHAPE)
+    model.blocks[1].attention.q = nn.Linear(32, 32)
+    with pytest.raises(PlanError, match=r"leaves blocks\.1\.attention\.q\.bias whole"):
+        check_plan(model.plan, model)
+    biases = {**model.plan.parameters, "blocks.1.attention.q.bias": Split.COLUMN}
+    check_plan(replace(model.plan, parameters=biases), model)
+
+
+def test_an_embedding_that_splits_the_sequence_must_be_cut() -> None:
+    """Without, the sequence would stay whole behind it, and be gathered twice over."""
+    plan = llama_plan(tied=False)
+    cuts = {name: split for name, split in plan.parameters.items() if name != "embedding.weight"}
+    with pytest.raises(PlanError, match=r"embedding\.weight is not cut.*Split\.VOCABULARY"):
+        check_plan(replace(plan, parameters=cuts), Llama(SHAPE))
+
+
+def test_vocabularies_are_of_one_size() -> None:
+    """Ranks know the same tokens at the entry and in the loss."""
+    model = Llama(SHAPE)
+    model.head = nn.Linear(32, 64, bias=False)
+    with pytest.raises(PlanError, match="vocabularies of several sizes"):
         check_plan(model.plan, model)
 
 
