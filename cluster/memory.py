@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from .machine import machine_bytes
+
 if TYPE_CHECKING:
     from ..faulttol.vault import RankFiles
     from ..runtime.place import SnapshotPlace
@@ -76,8 +78,3 @@ class Memory:
 def lock_of(folder: Path) -> Path:
     """The file by which the ranks of a node take turns."""
     return folder.with_suffix(".lock")
-
-
-def machine_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,9 +15,10 @@ from ..parallel.schedules import order_of
 from ..parallel.timeline import Durations, Timeline, in_flight, simulate
 from ..runtime.config import ConfigError, write_toml
 from ..runtime.journal import write_atomically
-from ..runtime.memory import estimate_memory
+from ..runtime.memory import RankMemory, estimate_memory
 from ..runtime.plan import RunPlan
 from ..runtime.schedule_chart import Cell, draw_schedule, text_rows
+from .machine import machine_bytes, shared_memory_bytes
 
 COLOURS = {
     "": "",
@@ -41,15 +42,18 @@ def show_plan(plan: RunPlan, *, schedule: bool, out: Path | None, as_json: bool)
         raise ConfigError(f"--out {out}: the image is an SVG; write --out {out.with_suffix('.svg')}")
     if out is not None and plan.layout.pp == 1:
         raise ConfigError(f"--out {out}: there is nothing to draw, {NO_PIPELINE}")
-    memory = estimate_memory(plan).as_dict()
+    estimate = estimate_memory(plan)
+    memory, no_room = estimate.as_dict(), room_for_snapshots(plan, estimate)
     timeline = _timeline(plan) if (schedule or out) and plan.layout.pp > 1 else None
     if out is not None and timeline is not None:
         labels = [f"pp {rank}, {_stages(plan, rank)}" for rank in range(plan.layout.pp)]
         write_atomically(out, draw_schedule(timeline, title=_title(plan, timeline), labels=labels))
     if as_json:
-        print(json.dumps(_as_dict(plan, memory, timeline)))
+        print(json.dumps({**_as_dict(plan, memory, timeline), "no_snapshots": no_room}))
         return
     _print_layout(plan, memory)
+    if no_room is not None:
+        print(f"no snapshots in memory here: {no_room}")
     if timeline is not None:
         _print_schedule(plan, timeline)
     elif schedule:
@@ -58,7 +62,8 @@ def show_plan(plan: RunPlan, *, schedule: bool, out: Path | None, as_json: bool)
 
 def show_dry_run(plan: RunPlan, *, as_json: bool) -> None:
     """Print the configuration, layout and memory per rank of what `train` would start."""
-    memory = estimate_memory(plan).as_dict()
+    estimate = estimate_memory(plan)
+    memory, no_room = estimate.as_dict(), room_for_snapshots(plan, estimate)
     if as_json:
         layout = vars(plan.layout)
         print(json.dumps({"config": plan.config.to_dict(), "layout": layout, "memory_per_rank": memory}))
@@ -67,6 +72,29 @@ def show_dry_run(plan: RunPlan, *, as_json: bool) -> None:
     print(f"# layout: {plan.layout}, {plan.layout.world_size} ranks on {plan.device}")
     for name, size in memory.items():
         print(f"# memory per rank: {name:>15} {size / 2**20:12,.1f} MiB")
+    if no_room is not None:
+        print(f"# no snapshots in memory here: {no_room}")
+
+
+def room_for_snapshots(plan: RunPlan, memory: RankMemory) -> str | None:
+    """Why a run of this machine alone would go without snapshots; None where it need not, and for a cluster,
+    whose machines are seen only when the run is there.
+
+    Raises ConfigError where `snapshot.enabled = true` asks for them by name.
+    """
+    config = plan.config
+    if config.run.address != "local" or config.snapshot.enabled is False:
+        return None
+    lacking = config.snapshot.why_no_room(
+        state_bytes=memory.state,
+        ranks=plan.layout.world_size,
+        arena=plan.device == "cpu",
+        memory_bytes=machine_bytes(),
+        shm_bytes=shared_memory_bytes(),
+    )
+    if lacking is not None and config.snapshot.enabled is True:
+        raise ConfigError(f"snapshot.enabled: is true, and {lacking}")
+    return lacking
 
 
 def _print_layout(plan: RunPlan, memory: dict[str, int]) -> None:

@@ -76,3 +76,15 @@ def test_a_terminal_shows_colours_and_what_fits(bench: Bench, small: Path) -> No
     shown = command.shown()
     assert "\x1b[" in shown
     assert "--out FILE.svg draws all of it" in shown
+
+
+def test_a_plan_says_where_snapshots_have_no_room(bench: Bench, small: Path) -> None:
+    """Told before a run starts: as a fact where they are automatic, as a mistake where they were asked for."""
+    tiny = "snapshot.memory_share=1e-9"
+    told = bench.run("plan", small, tiny, timeout_s=60)
+    assert told.status == 0, told.err
+    assert "no snapshots in memory here: 2 ranks with 3 copies" in told.out
+    assert "raise snapshot.memory_share above" in told.out
+    refused = bench.run("plan", small, tiny, "snapshot.enabled=true", timeout_s=60)
+    assert refused.status == 2
+    assert "snapshot.enabled: is true, and 2 ranks with 3 copies" in refused.err
