@@ -79,7 +79,7 @@ def test_a_terminal_shows_colours_and_what_fits(bench: Bench, small: Path) -> No
 
 
 def test_a_plan_says_where_snapshots_have_no_room(bench: Bench, small: Path) -> None:
-    """Before a run starts: told as a fact where they are automatic, as a mistake where they were asked for."""
+    """Before a run starts: told where they are automatic, refused as a mistake where they were asked for."""
     tiny = "snapshot.memory_share=1e-9"
     told = bench.run("plan", small, tiny, timeout_s=60)
     assert told.status == 0, told.err
