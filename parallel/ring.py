@@ -19,7 +19,8 @@ Q', K', V' and O' those of as many numbers in fp32:
                                 2 (K + V) as above, 2 (K' + V') the sum that leaves and the one that arrives,
                                 3 (K' + V') in the kernel: keys, their gradients, and these turned back
 
-That is O(S / cp), in fp32 at most 5 Q + 8 (K + V) in all. What is O(S) are the bounds of the whole mask and
+That is O(S / cp), in fp32 at most 5 Q + 8 (K + V) in all, and K + V more on a rank that runs ahead of the
+next one, for the pair that is still leaving. What is O(S) are the bounds of the whole mask and
 of its cuts, 16 bytes a token each.
 
 Traps. A row may see nothing at a step, or at all: its log-sum-exp is -inf, and -inf - (-inf) is no number. A

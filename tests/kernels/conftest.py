@@ -1,15 +1,11 @@
-"""Triton kernels run in Triton's interpreter here: it is asked for before any of them is defined."""
+"""What tests of kernels need of Triton's interpreter and of torch."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import triton.language as tl
 from triton.runtime import interpreter
 
