@@ -1,9 +1,10 @@
 """Waits for the command to end, however it ends, and leaves nothing of its embedded Ray behind.
 
 Started as its own process with a pipe whose other end only the command holds. When the pipe closes, because
-the command is done or because it was killed, every process that carries the session's mark in its environment
-is ended and the session's folder removed. Standard library only: it must start in milliseconds and need
-nothing that can be broken.
+the command is done or because it was killed, every process of the session is ended and the session's folder
+removed. A process belongs to the session by the mark in its environment or by a file below the folder that it
+writes: Ray's agents write their title over most of what `/proc` shows of their environment. Standard library
+only: it must start in milliseconds and need nothing that can be broken.
 """
 
 import contextlib
@@ -27,31 +28,49 @@ _EMPTY_ROUNDS = 3  # a process that is just starting shows no environment for a 
 
 
 def session_processes(session: str) -> list[int]:
-    """Process ids, other than this one, whose environment carries the mark of `session`."""
+    """Process ids, other than this one, that carry the mark of `session` or write below its folder."""
     if not os.path.isdir("/proc/self"):
         return []  # no /proc on this system: Ray's own processes end with the one that started them
-    mark = f"{MARK}={session}".encode()
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                marked = mark in file.read().split(b"\0")
             with open(f"/proc/{name}/stat", "rb") as file:
                 is_zombie = file.read().rpartition(b")")[2].split()[0] == b"Z"
+            belongs = has_variable(name, MARK, session) or writes_below(name, session)
         except OSError:
             continue  # gone meanwhile, or another user's
-        if marked and not is_zombie:
+        if belongs and not is_zombie:
             found.append(int(name))
     return found
 
 
-def end_session(session: str) -> None:
-    """End every process of the session, then remove its folders."""
+def has_variable(pid: int | str, name: str, value: str) -> bool:
+    """Whether the process started with this variable, as far as it left its environment to be seen."""
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        return f"{name}={value}".encode() in file.read().split(b"\0")
+
+
+def writes_below(pid: int | str, folder: str) -> bool:
+    """Whether the process has a file below `folder` open to write; one that only reads does not count."""
+    within = os.path.realpath(folder) + "/"
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        link = f"/proc/{pid}/fd/{name}"
+        try:
+            if os.readlink(link).startswith(within) and os.lstat(link).st_mode & 0o200:
+                return True
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    return False
+
+
+def end_session(session: str, command: int) -> None:
+    """End every process of the session but the command itself, then remove the session's folders."""
     empty = 0
     for _ in range(_ROUNDS):
-        pids = session_processes(session)
+        # a command that ends by itself still has Ray's log of it open, and its own work to finish
+        pids = [pid for pid in session_processes(session) if pid != command]
         empty = 0 if pids else empty + 1
         if empty == _EMPTY_ROUNDS:
             break
@@ -106,14 +125,14 @@ def _memory_root() -> str:
 
 def main() -> None:
     """`reaper.py SESSION_FOLDER PIPE_FD`: wait for the pipe to close, then clean up."""
-    session, pipe = sys.argv[1], int(sys.argv[2])
+    session, pipe, command = sys.argv[1], int(sys.argv[2]), os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a closing terminal are for the command
     with contextlib.suppress(OSError):  # no room for a folder: then there will be no memory to give back
         claim_memory(session)  # let go of by the kernel when this process ends
     while os.read(pipe, 1):
         pass
-    end_session(session)
+    end_session(session, command)
 
 
 if __name__ == "__main__":

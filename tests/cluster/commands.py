@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayfold.cluster.reaper import MARK
+from rayfold.cluster.reaper import MARK, has_variable, writes_below
 from rayfold.runtime.checkpoint.format import read_chunk, read_index
 from rayfold.runtime.checkpoint.shelf import Shelf
 
@@ -177,7 +177,7 @@ class Bench:
 
     def processes(self) -> list[int]:
         """Ids of the live commands of this test and of all processes that they started, however deep."""
-        return [pid for pid in _live_processes() if _has(pid, f"{TEST_MARK}={self.mark}")]
+        return [pid for pid in _live_processes() if self._started(pid)]
 
     def sessions(self) -> set[str]:
         """Folders of the embedded Ray sessions that are up."""
@@ -208,6 +208,11 @@ class Bench:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.short, ignore_errors=True)
+
+    def _started(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            return has_variable(pid, TEST_MARK, self.mark) or writes_below(pid, str(self.short))
+        return False
 
     def _left(self) -> list[str]:
         left = [f"process {pid}: {command_line(pid)}" for pid in self.processes()]
@@ -293,10 +298,6 @@ def _environment(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
-
-
-def _has(pid: int, setting: str) -> bool:
-    return setting in _environment(pid)
 
 
 def _variable(pid: int, name: str) -> str:

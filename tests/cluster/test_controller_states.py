@@ -1,6 +1,8 @@
 """The state machine of a run, and the queue from a rank to its controller."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +203,23 @@ def test_memory_of_a_session_that_was_killed_whole_is_given_back_and_no_other(
     os.close(claims["alive"])
 
 
-def test_a_session_is_found_by_its_mark_alone(tmp_path: Path) -> None:
-    """The reaper must never end a process of somebody else's."""
-    assert session_processes(str(tmp_path / "nobody")) == []
+def test_a_session_is_found_by_its_mark_or_by_what_it_writes_and_by_nothing_else(tmp_path: Path) -> None:
+    """Ray's agents write their title over their environment; who only reads a log is left alone."""
+    session = tmp_path / "session"
+    session.mkdir()
+    (session / "log").touch()
+    assert session_processes(str(session)) == []
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with open(session / "log", "a") as written, open(session / "log") as read:
+        started = [
+            subprocess.Popen(wait, env={**os.environ, reaper.MARK: str(session)}),
+            subprocess.Popen(wait, stdout=written),
+            subprocess.Popen(wait, stdin=read),
+            subprocess.Popen(wait, env={**os.environ, reaper.MARK: f"{session}-of-another"}),
+        ]
+    try:
+        assert set(session_processes(str(session))) == {process.pid for process in started[:2]}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
