@@ -1,6 +1,6 @@
 """Tokens/s, memory and traffic of each layout of 2 and 4 ranks against plain torch doing the same.
 
-    python benchmarks/layouts.py [--pairs 3] [--steps 6] [--ranks 2 4] [--only tp=2] [--compute fp32]
+    python benchmarks/layouts.py [--pairs 3] [--steps 6] [--ranks 2 4] [--only tp=2] [--operators auto]
 
 Plain torch is `plain_llama.py`: DTensor tensor parallelism, torch's pipelining, FSDP2, plain operators; with
 `--operators reference` Rayfold computes with the same plain operators, so that the layouts alone are

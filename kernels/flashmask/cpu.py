@@ -21,6 +21,8 @@ from ..linear import dense_product
 from .gather import Columns, Hidden, add_columns, heads_of, hidden_of, read_rows, write_rows
 from .plan import decode
 
+SMALL_PRODUCT = 1 << 20  # multiplications and additions; below it MKL is as fast or faster anywhere
+
 
 def _work_type(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -36,21 +38,23 @@ def _product_type(q: torch.Tensor) -> torch.dtype:
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return dense_product(a, b) if a.dtype == torch.float32 else a @ b
+    """By oneDNN in fp32, but for products so small that calling it is most of their time."""
+    large = a.dtype == torch.float32 and a.numel() * b.shape[1] >= SMALL_PRODUCT
+    return dense_product(a, b) if large else a @ b
 
 
 def _probabilities(
     q: torch.Tensor,
     k: torch.Tensor,
-    rows: int,
+    group: int,
     hidden: Hidden,
     lse: torch.Tensor | None = None,
     *,
     careful: bool = False,
 ) -> torch.Tensor:
-    """Scaled queries [G * R, D] and keys [C, D] -> probabilities [G * R, C]; fills `lse` [G, R] if given."""
+    """Scaled queries [M, D] of `group` heads, keys [W, D] -> probabilities [M, W]; fills `lse` [G, R]."""
     flat = _matmul(q, k.t())
-    scores = flat.view(-1, rows, len(k))
+    scores = hidden.scores(flat, group)
     for part, limit in hidden.parts(scores):
         if careful:
             part.masked_fill_(limit < 0, -inf)
@@ -63,7 +67,7 @@ def _probabilities(
     torch.softmax(flat, -1, out=flat)  # in place: two of them would not fit a core's cache
     if hidden.limits and not careful and bool(flat[:, 0].sum().isnan()):
         # the minimum with a NaN is one, and a row with one is full of them: a hidden key may have done that
-        return _probabilities(q, k, rows, hidden, lse, careful=True)
+        return _probabilities(q, k, group, hidden, lse, careful=True)
     if lse is not None:
         lse -= scores.amax(-1).log_()  # the largest probability is exp(largest score - log-sum-exp)
     if hidden.blind is not None:
@@ -74,9 +78,9 @@ def _probabilities(
 
 
 def _shares(q: torch.Tensor, k: torch.Tensor, hidden: Hidden, lse: torch.Tensor) -> torch.Tensor:
-    """Scaled queries [G * R, D], keys [C, D], log-sum-exp [G, R] -> exp(score - log-sum-exp) [G * R, C]."""
+    """Scaled queries [M, D], keys [W, D], log-sum-exp [G, R] -> exp(score - log-sum-exp) [M, W]."""
     flat = _matmul(q, k.t())
-    scores = flat.view(*lse.shape, len(k))
+    scores = hidden.scores(flat, len(lse))
     for part, limit in hidden.parts(scores):
         torch.minimum(part, limit, out=part)
     # a row that sees nothing anywhere has -inf: with inf in its place all its shares are 0
@@ -111,13 +115,13 @@ def masked_attention(
     keys, values = Columns(k, steps, own, work), Columns(v, steps, own, narrow)
     for step in steps:
         heads = heads_of(step.head, *counts)
-        queries = (read_rows(q, step, heads, work) * scale).unbind(0)  # not in place: it may be a view of q
+        queries = read_rows(q, step, heads, work).mul_(scale).unbind(0)
         hidden = hidden_of(step, bounds[:, step.batch, step.head], shift, work)
         lse_rows = lse[step.batch, heads.queries, step.first : step.last].split(heads.group)
         mixed = []
         for i, (key, value) in enumerate(zip(keys.read(step, heads), values.read(step, heads), strict=True)):
             own_lse = lse_rows[i] if want_lse else None
-            probabilities = _probabilities(queries[i], key, step.last - step.first, hidden, own_lse)
+            probabilities = _probabilities(queries[i], key, heads.group, hidden, own_lse)
             mixed.append(_matmul(probabilities.to(narrow), value))
         write_rows(out, step, heads, mixed)
     return out, lse
@@ -170,7 +174,7 @@ def masked_attention_backward(
     )
     for step in steps:
         heads = heads_of(step.head, *counts)
-        queries = (read_rows(q, step, heads, work) * scale).unbind(0)
+        queries = read_rows(q, step, heads, work).mul_(scale).unbind(0)
         grads = read_rows(grad_out, step, heads, narrow).unbind(0)
         hidden = hidden_of(step, bounds[:, step.batch, step.head], shift, work)
         columns = (x.read(step, heads) for x in (keys, values, narrow_keys))
@@ -182,7 +186,7 @@ def masked_attention_backward(
         grad_rows = []
         for i, (key, value, factor) in enumerate(zip(*columns, strict=True)):
             if lse_rows is None:
-                probabilities = _probabilities(queries[i], key, step.last - step.first, hidden)
+                probabilities = _probabilities(queries[i], key, heads.group, hidden)
             else:
                 probabilities = _shares(queries[i], key, hidden, lse_rows[i])
             grad_p = _matmul(grads[i], value.t()).to(work)
@@ -194,8 +198,11 @@ def masked_attention_backward(
             else:
                 # the sum runs over keys that are not here; it is that of out * grad_out
                 grad_s = grad_p.sub_((mixed[i] * grads[i]).sum(-1, keepdim=True)).mul_(probabilities)
+            used = heads.group * hidden.rows
             if grad_lse_rows is not None:
-                grad_s.addcmul_(probabilities, grad_lse_rows[i].reshape(-1, 1).to(work))
+                grad_s[:used].addcmul_(probabilities[:used], grad_lse_rows[i].reshape(-1, 1).to(work))
+            if len(grad_s) > used:
+                grad_s[used:].zero_()  # a hidden value that is not a number would be one of their factors
             grad_s = grad_s.to(narrow)
             add_columns(
                 grad_values, step, heads.first_key + i, _matmul(probabilities.to(narrow).t(), grads[i])

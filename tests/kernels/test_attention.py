@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rayfold.kernels.attention import flashmask_attention
 from rayfold.kernels.dispatch import KernelError
-from rayfold.kernels.flashmask import kinds
+from rayfold.kernels.flashmask import cpu, kinds
 from rayfold.kernels.flashmask.mask import ColumnMask, MaskError
 from rayfold.kernels.rope import rotary_table, rotate
 
@@ -212,6 +212,27 @@ def test_the_same_input_gives_the_same_bits() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_documents_of_ever_new_lengths_meet_few_shapes_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a compiled product for every shape, and a run packs other lengths into every row."""
+    torch.manual_seed(0)
+    shapes: set[tuple[torch.Size, torch.Size]] = set()
+
+    def noted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        shapes.add((a.shape, b.shape))
+        return a @ b
+
+    monkeypatch.setattr(cpu, "_matmul", noted)
+    rows = 0
+    for _ in range(12):
+        docs = (torch.rand(1, 700) < 1 / 90).cumsum(1)
+        rows += int(docs.max()) + 1
+        q, k, v = (x.requires_grad_() for x in random_inputs(1, 700, 700, 2, 1, 8, torch.float32))
+        flashmask_attention(q, k, v, kinds.causal_document(docs)).sum().backward()
+    sizes = {size for pair in shapes for shape in pair for size in shape} - {8}
+    assert rows > 80, "there were documents enough"
+    assert all(size % 16 == 0 for size in sizes), sizes
+
+
 def test_inputs_are_left_as_they_are() -> None:
     """Scaling happens on copies, also where a slice of one head could be used as it lies."""
     torch.manual_seed(0)
@@ -257,7 +278,7 @@ MEMORY = """
 import torch
 from pathlib import Path
 from rayfold.kernels.attention import flashmask_attention
-from rayfold.kernels.flashmask import kinds
+from rayfold.kernels.flashmask import cpu, kinds
 n = {n}
 q, k, v = (torch.randn(1, n, 1, 16, requires_grad=True) for _ in range(3))
 mask = kinds.causal_document(torch.arange(n)[None] // 512)
