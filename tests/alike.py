@@ -22,6 +22,7 @@ from harness import run_ranks
 from rayfold.kernels.config import KernelsConfig
 from rayfold.models.llama import Llama
 from rayfold.models.llama_config import LlamaShape
+from rayfold.parallel.collectives import gather_json, share_json
 from rayfold.parallel.initial import fill
 from rayfold.parallel.layout import Layout
 from rayfold.parallel.mesh import make_mesh
@@ -255,6 +256,19 @@ def assert_same(
 def assert_parity(case: Case, layout: Layout, *, tolerance: float = FP32_TOLERANCE) -> None:
     """`layout` trains `case` as one plain process does."""
     assert_same(run_layout(case, layout), plain_run(case), tolerance=tolerance)
+
+
+def assert_told() -> None:
+    """Plain values that ranks tell each other arrive: who has which state, which samples a corpus has."""
+
+    def on_rank() -> list[Any]:
+        cpu = torch.device("cpu")
+        world = make_mesh(Layout(dp_replicate=1, dp_shard=2), cpu).world
+        told = {"rank": world.rank, "text": "x" * world.rank}
+        return [gather_json(told, world, cpu), *(share_json(told, world, cpu, source) for source in range(2))]
+
+    every = [{"rank": rank, "text": "x" * rank} for rank in range(2)]
+    assert run_ranks(2, on_rank) == [[every, *every]] * 2
 
 
 def mutation_cases() -> list[tuple[Case, Layout]]:

@@ -102,6 +102,8 @@ def _sends_or_sets(function: ast.Attribute) -> bool:
             "all_gather_single",
             "reduce_scatter_single",
             "all_to_all_single",
+            "all_gather",
+            "broadcast",
             "batch_isend_irecv",
         ),
     )
@@ -184,8 +186,12 @@ def _try(site: Site | None, send: Any) -> None:
 
 
 def _first_red() -> str | None:
-    from alike import assert_parity, mutation_cases
+    from alike import assert_parity, assert_told, mutation_cases
 
+    try:
+        assert_told()
+    except Exception as error:
+        return f"ranks that tell each other values: {type(error).__name__}"
     for case, layout in mutation_cases():
         try:
             assert_parity(case, layout)
