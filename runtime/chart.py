@@ -212,7 +212,7 @@ def draw(chart: Chart, *, axis: XAxis, marks: Sequence[Mark] = ()) -> str:
         f'<svg class="plot" width="100%" height="{chart.height}" viewBox="0 0 {WIDTH} {chart.height}" '
         f'preserveAspectRatio="none">{inner}</svg>'
     )
-    return _frame(grid + stretched + rules, axis=axis, height=chart.height, title=chart.title)
+    return frame(grid + stretched + rules, axis=axis, height=chart.height, title=chart.title)
 
 
 def clipped(chart: Chart) -> float | None:
@@ -238,7 +238,7 @@ def draw_events(marks: Sequence[Mark], *, axis: XAxis) -> str:
         for mark in _thin_marks([m for m in marks if m.kind == kind], axis):
             x = mark.at(axis) * 100 / WIDTH
             lanes.append(f'<svg class="mark" x="{x:.2f}%" y="{y}">{shape(kind, mark.text)}</svg>')
-    return _frame("".join(lanes), axis=axis, height=22 * len(kinds), title="Events")
+    return frame("".join(lanes), axis=axis, height=22 * len(kinds), title="Events")
 
 
 def shape(kind: str, text: str = "") -> str:
@@ -248,7 +248,8 @@ def shape(kind: str, text: str = "") -> str:
     return f'<path class="shape kind-{tone}" d="{SHAPES.get(kind, RING)}">{title}</path>'
 
 
-def _frame(content: str, *, axis: XAxis, height: int, title: str) -> str:
+def frame(content: str, *, axis: XAxis, height: int, title: str) -> str:
+    """`content`, `height` pixels high, over the ticks of the axis."""
     ticks = "".join(
         f'<line class="grid" x1="{x * 100 / WIDTH:.2f}%" x2="{x * 100 / WIDTH:.2f}%" y1="0" y2="{height}"/>'
         f'<text class="x" x="{x * 100 / WIDTH:.2f}%" y="{height + 16}">{label}</text>'

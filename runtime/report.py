@@ -32,6 +32,8 @@ from .chart import (
     is_log,
     shape,
 )
+from .report_campaign import campaign_section
+from .report_recovery import Recovery, draw_recoveries, phase_legend, recoveries_of, recovery_section
 from .report_style import SCRIPT, STYLE
 from .runlog import Record, ReportError, RunLog, as_number, read_run
 
@@ -71,7 +73,10 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 def render(run: RunLog) -> str:
     """The page as text."""
     marks = _marks(run)
-    body = [_header(run), _figures(run), _notes(run), _charts(run, marks), _event_table(run, marks)]
+    recoveries = recoveries_of(run.events, step_times=run.train["time_unix"])
+    body = [_header(run), _figures(run), _notes(run), _charts(run, marks, recoveries)]
+    body += [recovery_section(recoveries, start=run.start), campaign_section(run.campaign)]
+    body.append(_event_table(run, marks))
     if run.config:
         body.append(f"<details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>")
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -162,7 +167,7 @@ def _axes(run: RunLog, marks: Sequence[Mark]) -> list[XAxis]:
     return [by_time, XAxis(name="step", lo=first, hi=max(last, first + 1))]
 
 
-def _charts(run: RunLog, marks: Sequence[Mark]) -> str:
+def _charts(run: RunLog, marks: Sequence[Mark], recoveries: Sequence[Recovery]) -> str:
     if not len(run.train["step"]) and not len(run.val["step"]) and not marks:
         return '<p class="empty">No step has been recorded yet.</p>'
     axes = _axes(run, marks)
@@ -172,6 +177,12 @@ def _charts(run: RunLog, marks: Sequence[Mark]) -> str:
         figures.append(f"<figure><figcaption>{_caption(chart)}</figcaption>{drawn}</figure>")
     if not figures:
         figures.append('<p class="empty">No step has been recorded yet.</p>')
+    if recoveries:
+        drawn = "".join(draw_recoveries(recoveries, axis=axis, start=run.start) for axis in axes)
+        said = '<span class="said">over steps: what was trained again</span>'
+        figures.append(
+            f"<figure><figcaption><b>Recoveries</b>{phase_legend()}{said}</figcaption>{drawn}</figure>"
+        )
     if marks:
         drawn = "".join(draw_events(marks, axis=axis) for axis in axes)
         figures.append(f"<figure><figcaption><b>Events</b></figcaption>{drawn}</figure>")

@@ -3,11 +3,13 @@
 STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1c2430;--soft:#667085;--edge:#e3e7ee;
 --grid:#eef0f4;--loss:#2f6bea;--val:#e8780c;--lr:#8450d8;--grad:#0e9aa7;--rate:#1f9d57;--memory:#0e8fb8;
---compute:#9db8ea;--communication:#ef7d72;--snapshot:#a98be8;--data:#f2bd42;--good:#1a8f4c;--bad:#d3312f;
---warn:#b86e00;--going:#2f6bea}@media(prefers-color-scheme:dark){:root{--page:#0f1319;--card:#171d26;
+--compute:#9db8ea;--communication:#ef7d72;--snapshot:#a98be8;--data:#f2bd42;--regroup:#3b82d0;
+--restore:#2fae77;--good:#1a8f4c;--bad:#d3312f;--warn:#b86e00;
+--going:#2f6bea}@media(prefers-color-scheme:dark){:root{--page:#0f1319;--card:#171d26;
 --ink:#e6eaf1;--soft:#93a0b4;--edge:#29313d;--grid:#222a35;--loss:#6d9dff;--val:#ff9f45;--lr:#b28cff;
 --grad:#3fc5d0;--rate:#4dcb86;--memory:#48bfe6;--compute:#3f5f9c;--communication:#d9665c;--snapshot:#8668d0;
---data:#d3a02c;--good:#4dcb86;--bad:#ff6b66;--warn:#f0aa3c;--going:#6d9dff}}*{box-sizing:border-box}body{
+--data:#d3a02c;--regroup:#4f9be8;--restore:#3fbf86;--good:#4dcb86;--bad:#ff6b66;
+--warn:#f0aa3c;--going:#6d9dff}}*{box-sizing:border-box}body{
 margin:0 auto;padding:24px 20px 60px;max-width:1180px;background:var(--page);color:var(--ink);
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}h1{font-size:26px;line-height:1.2;
 margin:0;overflow-wrap:anywhere}h2{font-size:16px;margin:0 0 8px}.when{color:var(--soft);margin:4px 0 14px}
@@ -45,15 +47,22 @@ stroke:var(--kind);opacity:.75}.shape{fill:var(--kind);stroke:var(--card);stroke
 --tone:var(--loss)}.tone-val{--tone:var(--val)}.tone-lr{--tone:var(--lr)}.tone-grad{--tone:var(--grad)}
 .tone-rate{--tone:var(--rate)}.tone-memory{--tone:var(--memory)}.tone-compute{--tone:var(--compute)}
 .tone-communication{--tone:var(--communication)}.tone-snapshot{--tone:var(--snapshot)}.tone-data{
---tone:var(--data)}.tone-total{--tone:var(--soft)}.kind-fault{--kind:var(--bad)}.kind-verdict{
---kind:var(--val)}.kind-remedy{--kind:var(--lr)}.kind-restored,.kind-run_finished,.kind-run_started{
+--tone:var(--data)}.tone-detect{--tone:var(--communication)}.tone-decide{--tone:var(--data)}.tone-fence{
+--tone:var(--snapshot)}.tone-regroup{--tone:var(--regroup)}.tone-restore{--tone:var(--restore)}
+.tone-catch_up{--tone:var(--compute)}.tone-total{--tone:var(--soft)}.kind-fault{--kind:var(--bad)}
+.kind-verdict{--kind:var(--val)}.kind-remedy{--kind:var(--lr)}
+.kind-restored,.kind-run_finished,.kind-run_started{
 --kind:var(--good)}.kind-formed{--kind:var(--loss)}.kind-checkpoint{--kind:var(--memory)}
 .kind-snapshot,.kind-other{--kind:var(--soft)}.kind-resized{--kind:var(--lr)}.kind-preempted{
 --kind:var(--warn)}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th{text-align:left;
 color:var(--soft);font-weight:500;font-size:12px}td,th{padding:5px 14px 5px 0;
 border-top:1px solid var(--grid);vertical-align:top}tr:first-child th{border:0}td:nth-child(-n+3){
 white-space:nowrap;font-variant-numeric:tabular-nums}td:last-child{overflow-wrap:anywhere;min-width:220px}
-summary{cursor:pointer;font-weight:600}pre{overflow-x:auto;
+.keys{margin:0 0 4px;display:flex;flex-wrap:wrap;gap:2px 14px}table.bars{margin:0 0 14px}.bars td{border:0;
+padding:2px 14px 2px 0}.bars td:nth-child(2){width:100%}.bars td:last-child{min-width:0;white-space:nowrap;
+color:var(--soft)}.recoveries td,.campaign td{white-space:nowrap;font-variant-numeric:tabular-nums}
+.recoveries td:last-child,.campaign td:last-child{white-space:normal;min-width:320px}.sums td{
+font-weight:600}summary{cursor:pointer;font-weight:600}pre{overflow-x:auto;
 font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}#cross{position:absolute;top:0;bottom:0;width:1px;
 background:var(--soft);pointer-events:none;display:none}#box{position:fixed;display:none;
 pointer-events:none;background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:8px 12px;

@@ -38,12 +38,15 @@ class RunLog:
     val: dict[str, Array]
     events: Sequence[Record]
     summary: Record
+    campaign: Record  # promises and outcomes of faults on purpose; empty where there were none
     config: str
     notes: Sequence[str]  # what could not be read
 
 
 def read_run(run_dir: Path) -> RunLog:
-    """Everything the run directory holds; only metrics.jsonl must be there."""
+    """Everything the run directory holds; only metrics.jsonl must be there. What `rayfold chaos` injected is
+    told among the events, as a fault.
+    """
     if not (run_dir / "metrics.jsonl").is_file():
         raise ReportError(_no_run(run_dir))
     notes: list[str] = []
@@ -56,7 +59,8 @@ def read_run(run_dir: Path) -> RunLog:
         if "loss" in record or not validation:
             trained.extend(values)
     train, val = _columns(trained), _columns(validated)
-    events = sorted(_json_lines(run_dir / "events.jsonl", notes), key=lambda e: float(e["time_unix"]))
+    told = (line for name in ("events.jsonl", "chaos.jsonl") for line in _json_lines(run_dir / name, notes))
+    events = sorted(told, key=lambda e: float(e["time_unix"]))
     config = _text(run_dir / "config.toml")
     times = np.concatenate([train["time_unix"], val["time_unix"], [e["time_unix"] for e in events[:1]]])
     return RunLog(
@@ -66,6 +70,7 @@ def read_run(run_dir: Path) -> RunLog:
         val=val,
         events=events,
         summary=_summary(run_dir / "summary.json", notes, last_step=train["step"].max(initial=0.0)),
+        campaign=_object(run_dir / "chaos.json", notes),
         config=config,
         notes=notes,
     )
@@ -111,15 +116,21 @@ def _text(path: Path) -> str:
 
 def _summary(path: Path, notes: list[str], *, last_step: float) -> Record:
     """The summary, unless the run went on after it was written."""
+    found = _object(path, notes)
+    if (steps := as_number(found.get("steps"))) < last_step:
+        notes.append(f"{path.name} ends at step {steps:,.0f}, but the run went on after it: it is left out.")
+        return {}
+    return found
+
+
+def _object(path: Path, notes: list[str]) -> Record:
+    """The JSON object in a file; empty where there is no file, or none in it, which is noted."""
     try:
         found = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         notes.append(f"{path.name} could not be read.")
-        return {}
-    if (steps := as_number(found.get("steps"))) < last_step:
-        notes.append(f"{path.name} ends at step {steps:,.0f}, but the run went on after it: it is left out.")
         return {}
     return found
 
