@@ -22,8 +22,10 @@ class SnapshotConfig:
         "steps",
     ] = 0
     slots: Annotated[
-        int, "Copies kept for each rank beside its living state; one is being written while others stand."
-    ] = 2
+        int,
+        "Copies kept for each rank beside its living state; one is being written while others stand. "
+        "0: 2 on one node, 3 on several, where one waits until other nodes have what protects it.",
+    ] = 0
     spares: Annotated[
         int,
         "Warm processes that wait to take a lost rank's place. -1: one where the resources allow it.",
@@ -38,15 +40,23 @@ class SnapshotConfig:
         found = []
         if self.every < 0:
             found.append(("every", f"is {self.every}; must be 0 (as often as is good) or more"))
-        if self.slots < 2:
+        if self.slots < 2 and self.slots != 0:
             found.append(
-                ("slots", f"is {self.slots}; at least 2: a kill while one is written must leave another")
+                (
+                    "slots",
+                    f"is {self.slots}; at least 2: a kill while one is written must leave another; or 0 (2 "
+                    "on one node, 3 on several)",
+                )
             )
         if self.spares < -1:
             found.append(("spares", f"is {self.spares}; use -1 (one where possible), 0 for none, or more"))
         if not 0 < self.memory_share <= 1:
             found.append(("memory_share", f"is {self.memory_share}; above 0 and up to 1, such as 0.5"))
         return found
+
+    def slots_on(self, nodes: int) -> int:
+        """Copies of each rank in a run on that many nodes."""
+        return self.slots or (2 if nodes < 2 else 3)
 
     def why_no_room(
         self, *, state_bytes: int, ranks: int, arena: bool, memory_bytes: int, shm_bytes: int
@@ -56,7 +66,7 @@ class SnapshotConfig:
         `memory_bytes` are the node's, `shm_bytes` what its shared memory has free. Without an `arena` the
         living state is on a device and only copies take memory.
         """
-        copies = self.slots + int(arena)
+        copies = self.slots_on(1) + int(arena)
         needed = ranks * copies * (state_bytes + FILE_HEADER_BYTES)
         allowed = int(self.memory_share * memory_bytes)
         if needed <= min(allowed, shm_bytes):

@@ -132,6 +132,19 @@ def rebuild(
     return {i: made[i] for i in wanted}
 
 
+def solve(present: Mapping[int, Block], lengths: Sequence[int], *, parities: int) -> dict[int, Bytes]:
+    """As `rebuild`, of one piece of a stripe, whose checksums are of the whole: the caller checks the result.
+
+    `lengths` are those of the piece of each data block; parities are as long as the longest. Raises
+    ErasureError.
+    """
+    manifest = Manifest(tuple(lengths), (0,) * (len(lengths) + parities))
+    blocks = {number: _bytes_of(block) for number, block in present.items()}
+    _check_known(blocks, manifest)
+    wanted = [i for i in range(manifest.n_data) if i not in blocks]
+    return _solve(blocks, manifest, wanted, {}, damaged=[])
+
+
 def _solve(
     blocks: Mapping[int, Bytes],
     manifest: Manifest,

@@ -1,11 +1,12 @@
 """The header of a file of state in memory: what it holds, of which step, and whether it can be trusted.
 
-One page says what the file is, three words change while a run lives (a version, the same again, a state), two
-record areas say what the data is, a table has a crc32 for each chunk, an index the boxes in it; then comes
-data:
+One page says what the file is, words in it change while a run lives (a version, the same again, a state, and
+two pins that only the node's vault writes, see `pins.py`), two record areas say what the data is, a table has
+a crc32 for each chunk, an index the boxes in it; then comes data:
 
     0        magic, format, kind, run key, crc        never changes after the file is made
     1024     version | version again | state          8-byte words, each in a cache line of its own
+             | kept | awaited                         of a rank's first slot; a step and 1, or 0
     4096     record 0, record 1                       step, epoch, lengths, crcs, progress, and its own crc
     36 KiB   crc32 of every chunk of 4 MiB            slots only: the data of an arena changes all the time
     292 KiB  index, compressed JSON                   PartIndex of everything in the data
@@ -40,7 +41,7 @@ KINDS = {1: "arena", 2: "slot", 3: "blob"}
 CHUNK_BYTES = 4 << 20
 PAGE_BYTES = 4096
 WORDS_START = 1024
-WORDS_BYTES = 192
+WORDS_BYTES = 320
 RECORDS_START = PAGE_BYTES
 RECORD_BYTES = 16 << 10
 TABLE_START = RECORDS_START + 2 * RECORD_BYTES
@@ -59,7 +60,8 @@ _NAMES = {word: name for name, word in _STATES.items()}
 _STATIC = struct.Struct("<8sIIH202s")
 _RECORD = struct.Struct("<QqqQQII64sI")
 _CRC = struct.Struct("<I")
-_VERSION, _AGAIN, _STATE = 0, 8, 16  # in words
+PINS_START, PINS_BYTES = WORDS_START + 192, 128  # of it, which change while the data stays as it is
+_VERSION, _AGAIN, _STATE, _KEPT, _AWAITED = 0, 8, 16, 24, 32  # in words
 
 
 class ImageError(Exception):
@@ -138,7 +140,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Words:
-    """The three words that change, as seen at one moment."""
+    """The words of the one who writes the data, as seen at one moment."""
 
     version: int
     again: int
@@ -223,6 +225,24 @@ class Header:
     @state.setter
     def state(self, name: str) -> None:
         self._words[_STATE] = _STATES[name]
+
+    @property
+    def kept(self) -> int:
+        """The step that a rank keeps for its node's vault, -1: none."""
+        return self._words[_KEPT] - 1
+
+    @kept.setter
+    def kept(self, step: int) -> None:
+        self._words[_KEPT] = step + 1
+
+    @property
+    def awaited(self) -> int:
+        """The rank keeps its first committed step from this one on as well, -1: none."""
+        return self._words[_AWAITED] - 1
+
+    @awaited.setter
+    def awaited(self, step: int) -> None:
+        self._words[_AWAITED] = step + 1
 
     def tear(self) -> None:
         """From now on the data may change; returns when that stands in the file. Twice is as good as once."""

@@ -5,7 +5,7 @@ Files are read with `pread` into memory of the reader's own and verified there: 
 longer change under the reader, and a file that was cut short is an error instead of a SIGBUS. A slot's bytes
 are verified by the crc of every chunk that they touch, against the table as it was when the image was opened,
 so a slot that is refilled meanwhile is a DamagedImage. An arena has no crc; its version must be the same
-before and after each read.
+before and after each read. Only what makes tensors imports torch: vaults read images and are light.
 """
 
 import json
@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .header import (
     CHUNK_BYTES,
@@ -44,6 +43,10 @@ from .header import (
     check_words,
     decode_static,
 )
+from .scatter import read_scattered
+
+if TYPE_CHECKING:
+    import torch
 
 _LOOKS = (
     64  # at a header that changes meanwhile; a publish takes microseconds: a second look nearly always does
@@ -63,8 +66,10 @@ class PartIndex:
     length: int  # in bytes
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The dtype; ArenaError for a name that torch does not know."""
+        import torch
+
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ArenaError(f"{self.name}: torch {torch.__version__} has no dtype {self.dtype!r}")
@@ -196,8 +201,10 @@ class Image:
         self.read_into(start, out)
         return out.data
 
-    def tensor(self, part: PartIndex) -> torch.Tensor:
+    def tensor(self, part: PartIndex) -> "torch.Tensor":
         """A part with the sizes of its box, in memory of its own, verified."""
+        import torch
+
         if math.prod(part.sizes) * part.torch_dtype.itemsize != part.length:
             raise DamagedImage(
                 f"{self.info.path}: {part.name} of sizes {list(part.sizes)} {part.dtype} has {part.length} "
@@ -214,10 +221,9 @@ class Image:
         Raises DamagedImage with the file and the chunk, TornImage for an arena that has moved on, ArenaError.
         """
         end = start + len(out)
-        if start < 0 or end > self.nbytes:
-            raise ArenaError(f"{self.info.path}: no bytes {start} to {end}; there are {self.nbytes} of data")
-        if not len(self._table):
-            self._pread(start, out, -1)
+        self.check_range(start, len(out))
+        if not self.has_sums:
+            self._pread(start, [out], -1)
             self._check_unmoved()
             return
         position = start
@@ -227,36 +233,51 @@ class Image:
             stop = min(begin + CHUNK_BYTES, self.nbytes)
             piece = out[position - start : min(stop, end) - start]
             if len(piece) == stop - begin:  # a whole chunk needs no detour
-                self._verified(chunk, begin, piece)
+                self.read_chunk(chunk, [piece])
             else:
                 if self._in_scratch != chunk:
                     self._in_scratch = -1
-                    self._verified(chunk, begin, self._scratch[: stop - begin])
+                    self.read_chunk(chunk, [self._scratch[: stop - begin]])
                     self._in_scratch = chunk
                 piece[:] = self._scratch[position - begin : position - begin + len(piece)]
             position += len(piece)
 
-    def _verified(self, chunk: int, begin: int, out: np.ndarray) -> None:
-        self._pread(begin, out, chunk)
-        if (found := zlib.crc32(out.data)) != self._table[chunk]:
+    @property
+    def has_sums(self) -> bool:
+        """Whether bytes are verified by the crc of their chunk."""
+        return bool(len(self._table))
+
+    def check_range(self, start: int, length: int) -> None:
+        """Raise ArenaError where there are no such bytes."""
+        if start < 0 or start + length > self.nbytes:
+            raise ArenaError(
+                f"{self.info.path}: no bytes {start} to {start + length}; there are {self.nbytes} of data"
+            )
+
+    def read_chunk(self, chunk: int, buffers: Sequence[np.ndarray]) -> None:
+        """Fill `buffers` ([n] uint8 each), together as long as the chunk, one after the other, and verify.
+
+        Safe from several threads, for several chunks. Raises DamagedImage; see `read_into`.
+        """
+        begin = chunk * CHUNK_BYTES
+        found = self._pread(begin, buffers, chunk)
+        if found != self._table[chunk]:
+            end = min(begin + CHUNK_BYTES, self.nbytes)
             raise DamagedImage(
-                f"{self.info.path}: chunk {chunk} (bytes {begin} to {begin + len(out)} of the data of step "
+                f"{self.info.path}: chunk {chunk} (bytes {begin} to {end} of the data of step "
                 f"{self.step}) has crc {found:08x}, not {int(self._table[chunk]):08x}. Use another slot, a "
                 f"peer's copy or a checkpoint."
             )
 
-    def _pread(self, begin: int, out: np.ndarray, chunk: int) -> None:
-        view = out.data
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], HEADER_BYTES + begin + done)
-            if not count:
-                where = f"chunk {chunk}" if chunk >= 0 else "the data"
-                raise DamagedImage(
-                    f"{self.info.path}: {where} is cut off at byte {begin + done} of {self.nbytes} bytes of "
-                    f"data"
-                )
-            done += count
+    def _pread(self, begin: int, buffers: Sequence[np.ndarray], chunk: int) -> int:
+        """Fill `buffers` from the data at `begin`; the crc of it all, 0 where `chunk` is -1, for none."""
+        done, crc = read_scattered(self._fd, HEADER_BYTES + begin, buffers, summed=chunk >= 0)
+        if done < sum(map(len, buffers)):
+            where = f"chunk {chunk}" if chunk >= 0 else "the data"
+            raise DamagedImage(
+                f"{self.info.path}: {where} is cut off at byte {begin + done} of {self.nbytes} bytes of data"
+            )
+        return crc
 
     def _check_unmoved(self) -> None:
         words = Words.decode(os.pread(self._fd, PAGE_BYTES, 0).ljust(PAGE_BYTES, b"\x00"))

@@ -7,17 +7,22 @@ sealed this step. The newest COMMITTED slot is never filled again, so there is a
 can go back to. A FILLING goes to a slot that holds no step, else to the oldest other one: with two slots a
 step must be committed before the next one is captured, or it is overwritten; three slots allow a capture a
 step with a commit one step late.
+
+The vault of a node may pin steps (two words in the header of the first slot, which the rank only reads): the
+one that it has protected, and the next one that it is about to protect. Their slots are not filled either.
+While both are pinned and the newest COMMITTED is in the only slot left, that one is filled: the pinned ones
+are steps that all ranks can go back to.
 """
 
 import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .arena import make_file, map_file
+from .files import make_file, map_file
 from .header import (
     CHUNK_BYTES,
     COMMITTED,
@@ -77,6 +82,11 @@ class Slot:
     def state(self) -> str:
         """EMPTY, FILLING, SEALED or COMMITTED, or "" for a damaged word."""
         return self._header.state
+
+    @property
+    def pins(self) -> tuple[int, int]:
+        """(step that is kept, step from which on the first committed one is kept); -1 for none."""
+        return self._header.kept, self._header.awaited
 
     def holds(self) -> Record | None:
         """The record of the whole step that is here by its header, if there is one. Data is not looked at."""
@@ -192,9 +202,22 @@ class Slots:
         return max(found, key=_age, default=None)
 
     def next_to_fill(self) -> Slot:
-        """Any slot that holds no step, else the oldest that is not the newest COMMITTED."""
-        keep = self.committed()
-        return min((slot for slot in self.slots if slot is not keep), key=_age)
+        """Any slot that holds no step, else the oldest that is neither pinned nor the newest COMMITTED."""
+        newest, pinned = self.committed(), self.pinned()
+        if len(pinned) == len(self.slots):
+            pinned = []  # too few slots for pins: the run goes on
+        free = [slot for slot in self.slots if slot not in pinned]
+        return min([slot for slot in free if slot is not newest] or free, key=_age)
+
+    def pinned(self) -> list[Slot]:
+        """Slots that the node's vault wants kept."""
+        kept, awaited = self.slots[0].pins
+        steps = {kept}
+        if awaited >= 0:
+            committed = [slot.step for slot in self.slots if slot.state == COMMITTED]
+            steps.add(first_from(awaited, committed))
+        found = [self.find(step) for step in steps if step >= 0]
+        return [slot for slot in found if slot is not None and slot.state == COMMITTED]
 
     def commit(self, step: int) -> bool:
         """Mark the slot of `step` COMMITTED; False where no slot holds it any more."""
@@ -213,6 +236,11 @@ class Slots:
     def _newest(self, *states: str) -> Slot | None:
         held = [slot for slot in self.slots if slot.state in states and slot.holds()]
         return max(held, key=_age, default=None)
+
+
+def first_from(awaited: int, steps: Iterable[int]) -> int:
+    """The smallest of `steps` from `awaited` on, -1 where there is none."""
+    return min((step for step in steps if step >= awaited), default=-1)
 
 
 def _age(slot: Slot) -> tuple[int, int]:

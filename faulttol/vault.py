@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .arena import make_file
+from .files import make_file
 from .header import EMPTY, HEADER_BYTES, LIVE, PAGE_BYTES, DamagedImage, ImageError, decode_static
 from .image import Image, ImageInfo, PartIndex, encode_index, examine
 from .slots import Slot
@@ -83,9 +83,10 @@ class Vault:
         slots = tuple(stem.with_suffix(f".slot-{number}") for number in range(self._slots))
         return RankFiles(stem.with_suffix(".arena"), slots)
 
-    def reserve(self, rank: int, nbytes: int) -> RankFiles:
+    def reserve(self, rank: int, nbytes: int, *, beside: float = 0.0) -> RankFiles:
         """Files with room for `nbytes` of state: an arena and the slots. Those of this run that are there
-        stay, with their content; a smaller one grows in place.
+        stay, with their content; a smaller one grows in place. Room for `beside` times a copy is left, for
+        blobs.
 
         Raises VaultFull; nothing that was there has changed then.
         """
@@ -95,7 +96,11 @@ class Vault:
         kept = {path: _size(path) for path in files.all if self._is_own(path)}
         lost = sum(_size(path) for path in files.all if path not in kept)
         more = sum(max(0, size - kept.get(path, 0)) for path in files.all)
-        self._check_room(what, more, lost, "use more ranks or nodes, or fewer slots")
+        left = max(0, int(beside * (size + self._one_copy(files.arena))) - self._blob_bytes())
+        if left:
+            what += f", with {left} bytes left for what protects other nodes,"
+        if more:  # what is there may stay, whatever has become of the other nodes
+            self._check_room(what, more + left, lost, "use more ranks or nodes, or fewer slots")
         done: list[Path] = []
         try:
             for path in files.all:
@@ -211,6 +216,10 @@ class Vault:
         """Remove a blob; one that is not there is as good."""
         self._path(name, blob=True).unlink(missing_ok=True)
 
+    def check_room(self, what: str, nbytes: int) -> None:
+        """Raise VaultFull unless `nbytes` more fit."""
+        self._check_room(what, nbytes, 0, "discard older blobs")
+
     @property
     def used(self) -> int:
         """Bytes of the budget in use."""
@@ -228,6 +237,13 @@ class Vault:
             logger.warning("vault folder=%s is kept: not of a vault: %s", self.folder, ", ".join(left))
             return
         self.folder.rmdir()
+
+    def _one_copy(self, without: Path) -> int:
+        """Bytes of one copy of each rank but that of the arena `without`."""
+        return sum(_size(path) for path in self.folder.glob("rank-*.arena") if path != without)
+
+    def _blob_bytes(self) -> int:
+        return sum(_size(path) for path in self.folder.glob("*.blob"))
 
     def _own(self, *, unfinished: bool = False) -> list[Path]:
         """Files with a name of a vault's; with `unfinished` only those of a store that has not ended."""
