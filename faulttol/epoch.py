@@ -3,7 +3,8 @@
 After a fault the run goes on under the next epoch. A rank that was given up may come back (SIGCONT, a healed
 network): it belongs to an epoch that is over, and the fence keeps it out.
 
-The store must outlive every worker: the controller's process holds it. All waits are bounded by its timeout.
+The store must outlive every worker: the controller's process holds it, and one that is started again opens
+another where the last one stood. All waits are bounded by its timeout.
 """
 
 import uuid
@@ -39,6 +40,14 @@ def bump(store: Store, expected: int) -> int:
             f"{expected}, as another process began one. Follow that one's decision, or end this process"
         )
     return expected + 1
+
+
+def begin_at(store: Store, epoch: int) -> None:
+    """Let a new store stand at `epoch`, where that of a run was lost. Raises Fenced if it is not new."""
+    mine = f"{epoch} {uuid.uuid4().hex}"
+    seen = _compare_set(store, "", mine, f"a process that would go on at epoch {epoch}")
+    if seen != mine:
+        raise Fenced(f"the run's store is at epoch {_epoch_of(seen)} already, and was to begin at {epoch}")
 
 
 def scoped(store: Store, epoch: int) -> PrefixStore:

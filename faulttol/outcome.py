@@ -26,6 +26,7 @@ class Promise:
     lost_steps: int = 0
     detect_s: float | None = None
     resume_s: float | None = None  # from the fault to the first finished step behind it, with a spare
+    alarm: str = ""  # class of the `fault` that the run tells of it
 
 
 # A kill that may hit the update costs the step under way; all others find the arena or a slot whole.
@@ -37,11 +38,17 @@ PROMISES: Mapping[Injection, Promise] = {
     "kill_all": Promise(lost_steps=1, detect_s=0.3),
     "kill_node": Promise(lost_steps=1, detect_s=1.0, resume_s=3.0),
     "stop": Promise(lost_steps=1, detect_s=2.0, resume_s=3.0),
+    "stale": Promise(lost_steps=1, detect_s=2.0, resume_s=3.0),
+    "stuck": Promise(lost_steps=1),
     "exception": Promise(lost_steps=1, detect_s=1.0, resume_s=2.0),
     "preempt": Promise(lost_steps=0),
     "kill_spare": Promise(recovers=False),
     "kill_vault": Promise(recovers=False),
     "bit_flip": Promise(recovers=False),
+    "truncate": Promise(lost_steps=1),
+    "flip_checkpoint": Promise(recovers=False),
+    "truncate_checkpoint": Promise(recovers=False),
+    "disk_full": Promise(recovers=False, alarm="disk"),
 }
 SHRINK_S = 3.0  # to resume where no spare was left
 
@@ -154,8 +161,10 @@ def _outcome(
             (e for e in after if e["kind"] == "fault" and "planned" in e and e["time_unix"] > at), None
         )
         verdicts = [e for e in verdicts if other is None or e["time_unix"] < other["time_unix"]]
+    alarm = next((e for e in after if promise.alarm and e.get("class") == promise.alarm), None)
+    alarms = {} if alarm is None else {"alarm": alarm["message"]}
     if not verdicts:
-        return {}
+        return alarms
     # Before the next recovery is through, that of another fault may come first: the one that names the rank
     # is this one's.
     ready = _first([e for e in after if e["time_unix"] >= verdicts[0]["time_unix"]], "restored")
@@ -165,7 +174,7 @@ def _outcome(
     later = [event for event in told if float(event["time_unix"]) >= seen]
     remedy = _first(later, "remedy")
     restored = _first(later, "restored")
-    outcome = {
+    outcome = alarms | {
         "verdict": verdict.get("sentence", ""),
         "remedy": (remedy or {}).get("sentence", ""),
         "action": (remedy or {}).get("action", ""),
@@ -224,7 +233,9 @@ def _phases(
 def _broken(outcome: Record, promise: Promise) -> list[str]:
     """How the outcome differs from the promise, one part a sentence."""
     if not promise.recovers:
-        return [f"training was disturbed: {outcome['verdict']}"] if outcome else []
+        disturbed = [f"training was disturbed: {outcome['verdict']}"] if "verdict" in outcome else []
+        unheard = promise.alarm and "alarm" not in outcome
+        return [*disturbed, *([f'the run told of no fault of class "{promise.alarm}"'] if unheard else [])]
     if "source" not in outcome:
         return [f"no recovery: {outcome.get('remedy') or outcome.get('verdict') or 'nobody noticed'}"]
     problems = []

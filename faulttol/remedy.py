@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from ..parallel.layout import Layout
 
-FaultKind: TypeAlias = Literal["died", "stopped", "node", "exception", "preempted", "hang"]
+FaultKind: TypeAlias = Literal["died", "stopped", "node", "exception", "preempted", "hang", "stuck", "oom"]
 Legal: TypeAlias = Callable[[int], Sequence[Layout]]
 
 _DID: dict[FaultKind, str] = {
@@ -23,6 +23,8 @@ _DID: dict[FaultKind, str] = {
     "exception": "raised an exception",
     "preempted": "got notice to leave",
     "hang": "hung, alive but stuck,",
+    "stuck": "was alive but stuck",
+    "oom": "ran out of memory",
 }
 _BLAMES_NODE = frozenset({"died", "stopped", "node", "hang"})  # not the user's code, and no notice beforehand
 _OF_THE_MOMENT = re.compile(r"0x[0-9a-fA-F]+|\d+")
@@ -35,7 +37,7 @@ class Fault:
     kind: FaultKind
     ranks: tuple[int, ...]  # empty where a node without ranks is lost
     step: int
-    signature: str = ""  # of an exception, from `signature_of`
+    signature: str = ""  # of an exception, from `signature_of`; where a rank was stuck
     traceback: str = ""
     node: str = ""  # id of the node that is lost or announced to be
     homes: Mapping[int, str] = field(default_factory=dict)  # rank -> id of its node, for all ranks of the run
@@ -60,9 +62,10 @@ class Policy:
     """Where patience ends."""
 
     max_rounds: int = 5  # faults within one recovery
-    same_step: int = 3  # times that one rank may die or hang at one step
+    same_step: int = 3  # times that one rank may die, hang, be stuck or have no memory at one step
     flaps: int = 3  # faults of one node within the window; 0: a node is never given up
     window_s: float = 600.0
+    barren: int = 5  # faults within the window, on the only node, with less than a step between two; 0: any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def remedy_for(
     that comes before training goes on. The spares are those that live now.
     """
     policy = policy or Policy()
-    if stop := _out_of_patience(fault, history, round, policy):
+    if stop := _out_of_patience(fault, history, round, policy) or _barren(fault, history, spares, policy):
         return stop
     if fault.kind == "exception":
         sentence = (
@@ -152,8 +155,8 @@ def what_happened(fault: Fault) -> str:
     if not fault.ranks:
         return f"node {fault.node or '?'}, without ranks, {_DID[fault.kind]} at step {fault.step}"
     node = f" (node {fault.node})" if fault.node else ""
-    exception = f" ({fault.signature})" if fault.signature else ""
-    return f"{_ranks(fault.ranks)} {_DID[fault.kind]}{node}{exception} at step {fault.step}"
+    signature = f" ({fault.signature})" if fault.signature else ""
+    return f"{_ranks(fault.ranks)} {_DID[fault.kind]}{node}{signature} at step {fault.step}"
 
 
 def flapping(
@@ -164,18 +167,44 @@ def flapping(
     """
     blamed = [f for f in (*history, fault) if f.kind in _BLAMES_NODE]
     recent = [f for f in blamed if fault.time_s - f.time_s <= policy.window_s]
-    known = {*fault.homes.values(), *(spare.node for spare in spares)} - {""}
+    known = _nodes(fault, spares)
     bad = {n for n in known if policy.flaps and sum(n in f.nodes for f in recent) >= policy.flaps}
     return frozenset(bad if bad < known else ())
 
 
+def _nodes(fault: Fault, spares: Sequence[Spare]) -> set[str]:
+    return {*fault.homes.values(), *(spare.node for spare in spares)} - {""}
+
+
+def _barren(fault: Fault, history: Sequence[Fault], spares: Sequence[Spare], policy: Policy) -> Stop | None:
+    """The end of a run that only burns: its one node fails again and again, and training comes no further."""
+    blamed = [f for f in (*history, fault) if f.kind in _BLAMES_NODE][-policy.barren :]
+    nodes = _nodes(fault, spares)
+    if not policy.barren or len(blamed) < policy.barren or blamed[-1] is not fault or len(nodes) > 1:
+        return None
+    seconds, steps = fault.time_s - blamed[0].time_s, fault.step - blamed[0].step
+    if seconds > policy.window_s or steps >= policy.barren - 1:
+        return None
+    sentence = (
+        f"{what_happened(fault)}: fault number {policy.barren} in {seconds:.0f} s, with {steps} steps of "
+        "progress between them, and there is no other node to go to. Something is wrong with this one "
+        "(memory, power, another program); the state before this step is kept"
+    )
+    return Stop(sentence=sentence, traceback=fault.traceback)
+
+
 def _out_of_patience(fault: Fault, history: Sequence[Fault], round: int, policy: Policy) -> Stop | None:
-    if fault.kind == "exception":
+    if fault.kind in ("exception", "stuck", "oom"):
+        hint = {
+            "exception": "The traceback says where; the",
+            "oom": "Let it take less at once (batch.micro_size, parallel.recompute) or use more ranks; the",
+        }.get(fault.kind, "The")
         for earlier in history:
-            if (earlier.kind, earlier.signature, earlier.step) == ("exception", fault.signature, fault.step):
+            before = (earlier.kind, earlier.signature, earlier.step)
+            if before == (fault.kind, fault.signature, fault.step):
                 sentence = (
                     f"{what_happened(fault)}, as before: it comes back whenever this step is trained, so the "
-                    "run ends here. The traceback says where; the state before this step is kept"
+                    f"run ends here. {hint} state before this step is kept"
                 )
                 return Stop(sentence=sentence, traceback=fault.traceback)
     if round > policy.max_rounds:
@@ -185,7 +214,7 @@ def _out_of_patience(fault: Fault, history: Sequence[Fault], round: int, policy:
             "verdicts of this recovery"
         )
         return Stop(sentence=sentence, traceback=fault.traceback)
-    for rank in fault.ranks if fault.kind in ("died", "hang") else ():
+    for rank in fault.ranks if fault.kind in ("died", "hang", "stuck", "oom") else ():
         times = 1 + sum(f.kind == fault.kind and f.step == fault.step and rank in f.ranks for f in history)
         if times >= policy.same_step:
             sentence = (

@@ -23,14 +23,18 @@ _PEER_LOST = re.compile(
     r"|pair closure",
     re.IGNORECASE,
 )
+_MEMORY_KINDS = frozenset({"MemoryError", "OutOfMemoryError"})
+_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
 _ROOT = Path(__file__).resolve().parents[1]
 _OWN_FOLDERS = tuple(
     f"{_ROOT / name}{os.sep}" for name in ("cluster", "faulttol", "kernels", "models", "parallel", "runtime")
 )
+GENERATED = "/torchinductor_"  # code that torch's compiler has written
 _LIBRARIES = (
     "site-packages",
     "dist-packages",
     "<frozen",
+    GENERATED,
     f"{sys.prefix}/lib/python",
     f"{sys.base_prefix}/lib/python",
 )
@@ -42,7 +46,7 @@ class Failure:
 
     rank: int
     step: int
-    kind: str  # the exception's type, "died" or "stopped"
+    kind: str  # the exception's type, "died", "stopped" or "stuck"
     message: str
     time_unix: float
     frames: list[str] = field(default_factory=list)  # last frames in the user's code, innermost last
@@ -55,6 +59,13 @@ class Failure:
             return True
         return self.kind == "RuntimeError" and _PEER_LOST.search(self.message) is not None
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether an allocation failed, on whatever device."""
+        if self.kind in _MEMORY_KINDS:
+            return True
+        return self.kind == "RuntimeError" and _NO_MEMORY.search(self.message) is not None
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -62,7 +73,7 @@ class Verdict:
 
     sentence: str
     ranks: list[int]
-    cls: str  # "exception", "died", "stopped", "silent", "start" or "controller"
+    cls: str  # "exception", "oom", "died", "stopped", "stuck", "silent", "start" or "controller"
     step: int
     evidence: dict[str, Any]
 
@@ -96,10 +107,20 @@ def user_frames(trace: TracebackType | None) -> list[str]:
     None when Rayfold itself raised: its message says what to do, and where it was raised says nothing more.
     """
     frames = traceback.extract_tb(trace)
-    if frames and frames[-1].filename.startswith(_OWN_FOLDERS):
+    if frames and is_own(frames[-1].filename):
         return []
-    own = [f for f in frames if not any(part in f.filename for part in _LIBRARIES)] or list(frames)
+    own = [f for f in frames if not is_library(f.filename)] or list(frames)
     return [f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}" for f in own[-FRAMES_SHOWN:]]
+
+
+def is_own(filename: str) -> bool:
+    """Whether a source file is Rayfold's."""
+    return filename.startswith(_OWN_FOLDERS)
+
+
+def is_library(filename: str) -> bool:
+    """Whether it is a library's, the standard one and the interpreter's own among them."""
+    return any(part in filename for part in _LIBRARIES)
 
 
 def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = None) -> Verdict:
@@ -118,16 +139,19 @@ def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = 
     if first.lost_peer:
         alike = [first.rank]
     who = f"rank {alike[0]}" if len(alike) == 1 else f"ranks {', '.join(map(str, alike))}"
-    if first.kind in ("died", "stopped"):
+    if first.kind == "stuck":
+        sentence = f"{who} {first.message}"
+    elif first.kind in ("died", "stopped"):
         sentence = f"{who} {'died' if first.kind == 'died' else 'was stopped'} {when}: {first.message}"
     else:
         where = f" ({first.frames[-1]})" if first.frames else ""
-        sentence = f"{who} failed {when}: {first.kind}: {_one_line(first.message)}{where}"
+        did = "ran out of memory" if first.out_of_memory else "failed"
+        sentence = f"{who} {did} {when}: {first.kind}: {_one_line(first.message)}{where}"
     also = sorted({f.rank for f in ranked} - set(alike))
     return Verdict(
         sentence=sentence,
         ranks=alike,
-        cls=first.kind if first.kind in ("died", "stopped") else "exception",
+        cls=_class_of(first),
         step=first.step,
         evidence={
             "exception": first.kind,
@@ -137,6 +161,12 @@ def decide(failures: Iterable[Failure], *, missing: Mapping[int, bool] | None = 
             "followed_by_ranks": also,
         },
     )
+
+
+def _class_of(first: Failure) -> str:
+    if first.kind in ("died", "stopped", "stuck"):
+        return first.kind
+    return "oom" if first.out_of_memory else "exception"
 
 
 def _hang(first: Failure, missing: Mapping[int, bool]) -> Verdict:

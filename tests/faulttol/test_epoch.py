@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from rayfold.faulttol.epoch import KEY, Fence, Fenced, bump, current, scoped
+from rayfold.faulttol.epoch import KEY, Fence, Fenced, begin_at, bump, current, scoped
 
 TIMEOUT = timedelta(seconds=20)  # for each answer of the store; a busy machine is slow
 RACERS, ROUNDS = 6, 30
@@ -30,6 +30,14 @@ def test_a_new_store_is_at_epoch_0_and_counts_from_there(store: dist.TCPStore) -
     """No key has to be put there first, and asking waits for nobody."""
     assert current(store) == 0
     assert [bump(store, 0), bump(store, 1), current(store)] == [1, 2, 2]
+
+
+def test_a_store_that_takes_the_place_of_a_lost_one_stands_where_that_stood(store: dist.TCPStore) -> None:
+    """A controller that is started again must not begin an epoch for a second time."""
+    begin_at(store, 4)
+    assert [current(store), bump(store, 4)] == [4, 5]
+    with pytest.raises(Fenced, match="at epoch 5 already"):
+        begin_at(store, 4)
 
 
 @pytest.mark.parametrize("expected", [0, 2, 7])

@@ -90,6 +90,14 @@ STOPPED = [*recovery(10.0)[:1], event("remedy", 10.2, action="stop", sentence="n
         ("bit_flip", [], AFTER, ""),
         ("kill_vault", recovery(10.0), AFTER, "training was disturbed: rank 3 died"),
         ("preempt", recovery(10.0, lost_steps=1), AFTER, "lost 1 steps, promised at most 0"),
+        ("disk_full", [event("fault", 12.0, **{"class": "disk", "message": "full"})], AFTER, ""),
+        ("disk_full", [], AFTER, 'the run told of no fault of class "disk"'),
+        (
+            "disk_full",
+            recovery(10.0),
+            AFTER,
+            'training was disturbed: rank 3 died at step 7; the run told of no fault of class "disk"',
+        ),
     ],
 )
 def test_a_broken_promise_is_told(

@@ -48,6 +48,8 @@ def decided(this: Fault, history: Sequence[Fault] = (), **more: Any) -> Remedy:
         (fault(ranks=(2, 3)), [ON_C, ON_B], {2: ON_B, 3: ON_C}),
         (fault("stopped"), [ON_B], {3: ON_B}),
         (fault("hang"), [ON_B], {3: ON_B}),
+        (fault("stuck", signature="in a.py:1 (f)"), [ON_B], {3: ON_B}),
+        (fault("oom", signature="MemoryError"), [ON_B], {3: ON_B}),  # a new process has a heap of its own
         (
             fault("node", ranks=(2, 3), node="b"),
             [ON_B, ON_A, ON_C],
@@ -156,7 +158,9 @@ def test_the_signature_leaves_out_what_changes() -> None:
     assert first.startswith("ValueError at b.py:2 in g: loss")
 
 
-@pytest.mark.parametrize("kind", ["died", "stopped", "node", "exception", "preempted", "hang"])
+@pytest.mark.parametrize(
+    "kind", ["died", "stopped", "node", "exception", "preempted", "hang", "stuck", "oom"]
+)
 def test_a_recovery_that_does_not_end_is_ended(kind: FaultKind) -> None:
     """Faults during recovery are recovered from too, but not for ever."""
     patient = Policy(max_rounds=3)
@@ -165,6 +169,22 @@ def test_a_recovery_that_does_not_end_is_ended(kind: FaultKind) -> None:
     remedy = decided(this, round=4, policy=patient, spares=[ON_A])
     assert isinstance(remedy, Stop)
     assert "fault number 4 before training went on, and 3 are borne" in remedy.sentence
+
+
+def test_stuck_again_at_the_same_place_of_the_same_step_ends_the_run() -> None:
+    """A deterministic livelock, which would take one spare after the other."""
+    this = fault("stuck", signature="in a.py:1 (f)")
+    elsewhere = [
+        fault("stuck", signature="in b.py:9 (g)"),
+        fault("stuck", signature=this.signature, step=6),
+    ]
+    assert isinstance(decided(this, elsewhere[1:]), Replace)
+    assert isinstance(decided(this, elsewhere), Replace)
+    remedy = decided(this, [this])
+    assert isinstance(remedy, Stop)
+    assert remedy.sentence.startswith(
+        "rank 3 was alive but stuck (in a.py:1 (f)) at step 7, as before: it comes back whenever"
+    )
 
 
 @pytest.mark.parametrize("kind", ["died", "hang"])
@@ -208,11 +228,32 @@ def test_a_node_is_given_up_for_faults_of_its_own_alone(history: list[Fault], po
     assert flapping(fault(time_s=500.0), history, [ON_A, ON_B], policy) == frozenset()
 
 
+HERE = dict.fromkeys(range(4), "a")
+
+
+def barren(*steps: int, every_s: float = 10.0) -> Remedy:
+    """What is done about the last of faults at these steps, of another rank each time."""
+    faults = [
+        fault(ranks=(number % 4,), step=step, homes=HERE, time_s=every_s * number)
+        for number, step in enumerate(steps)
+    ]
+    return decided(faults[-1], faults[:-1], spares=[ON_A])
+
+
+def test_a_node_without_another_that_only_burns_ends_the_run() -> None:
+    """Each spare dies like the one before it: whoever pays for it must be told."""
+    remedy = barren(7, 7, 8, 8, 9)
+    assert isinstance(remedy, Stop)
+    assert "fault number 5 in 40 s, with 2 steps of progress between them" in remedy.sentence
+    assert isinstance(barren(7, 7, 8, 9), Replace)
+    assert isinstance(barren(7, 8, 9, 10, 11), Replace), "it comes further"
+    assert isinstance(barren(7, 7, 8, 8, 9, every_s=200.0), Replace), "in its time"
+
+
 def test_the_only_node_is_kept() -> None:
     """On a laptop there is no better one."""
-    here = dict.fromkeys(range(4), "a")
-    history = flaps([0.0, 200.0], homes=here)
-    remedy = decided(fault(homes=here, time_s=500.0), history, spares=[ON_A])
+    history = flaps([0.0, 200.0], homes=HERE)
+    remedy = decided(fault(homes=HERE, time_s=500.0), history, spares=[ON_A])
     assert isinstance(remedy, Replace)
     assert remedy.spares == {3: ON_A}
 

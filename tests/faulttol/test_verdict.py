@@ -24,6 +24,8 @@ EARLY = failure(1, "RuntimeError", GLOO, 9.0)  # told before the culprit: clocks
 DEAD = failure(3, "died", "its process was killed by signal 9", 11.0)
 TIMED_OUT = failure(0, "RuntimeError", "Timed out waiting 600000ms for send operation to complete", 20.0)
 BACKEND = failure(1, "DistBackendError", "NCCL error: remote process exited", 9.0)
+STUCK = failure(2, "stuck", "has been in paced.py:25 (forward) for 8.2 s in step 5: alive but stuck", 9.5)
+NO_MEMORY = failure(2, "RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to ...", 9.0)
 NOT_COMM = failure(1, "RuntimeError", "shape mismatch: [2, 3] and [3, 2]", 12.0)
 
 
@@ -44,6 +46,11 @@ NOT_COMM = failure(1, "RuntimeError", "shape mismatch: [2, 3] and [3, 2]", 12.0)
         ([TIMED_OUT], {1: True}, 1, "silent"),
         ([TIMED_OUT], {1: False}, 1, "silent"),
         ([EARLY, LATE], {2: False}, 2, "silent"),
+        ([STUCK], {}, 2, "stuck"),
+        ([NO_MEMORY, EARLY], {}, 2, "oom"),
+        ([failure(2, "OutOfMemoryError", "CUDA out of memory. Tried ...", 9.0)], {}, 2, "oom"),
+        ([failure(2, "MemoryError", "", 9.0)], {}, 2, "oom"),
+        ([STUCK, EARLY, LATE], {}, 2, "stuck"),
     ],
 )
 def test_the_first_cause_is_named(
