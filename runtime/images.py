@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ..faulttol.choice import Source
+from ..faulttol.filling import fill
 from ..faulttol.header import DamagedImage, ImageError
 from ..faulttol.image import Image, PartIndex
 from ..parallel.collectives import gather_json
@@ -56,6 +58,7 @@ class ImagesLost(RuntimeError):
 def fill_from(image: Image, parts: Sequence[Part]) -> None:
     """Copy into each of `parts` its own box; ImagesLost where the image has no such box, ImageError."""
     found = {(part.name, part.offsets, part.sizes): part for part in image.parts()}
+    pieces = []
     for part in parts:
         if part.tensor.numel():
             key = part.name, part.offsets, part.sizes
@@ -63,7 +66,20 @@ def fill_from(image: Image, parts: Sequence[Part]) -> None:
                 raise ImagesLost(
                     f"{image.info.path} holds no {part.name} {list(part.sizes)} at {part.offsets}"
                 )
-            part.tensor.copy_(image.tensor(found[key]))
+            if (memory := _memory_for(part.tensor, found[key])) is not None:
+                pieces.append((found[key].start, memory))
+            else:
+                part.tensor.copy_(image.tensor(found[key]))
+    fill(image, pieces)
+
+
+def _memory_for(tensor: torch.Tensor, part: PartIndex) -> np.ndarray | None:
+    """The memory that the bytes of `part` belong into; None where they do not lie in `tensor` as they are."""
+    alike = tensor.dtype == part.torch_dtype and tensor.nbytes == part.length
+    if not alike or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    memory: np.ndarray = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memory
 
 
 def read_catalogue(images: Sequence[Source], place: SnapshotPlace, mesh: FoldedMesh) -> Catalogue:
@@ -80,7 +96,7 @@ def read_catalogue(images: Sequence[Source], place: SnapshotPlace, mesh: FoldedM
     for image, reader in zip(images, readers, strict=True):
         if reader == mesh.world.rank:
             try:
-                opened = Image.open(place.path(image.where))
+                opened = place.open(image.where)
                 if opened.step != image.step:
                     raise DamagedImage(f"{image.where} is at step {opened.step} by now, not {image.step}")
                 own[image.where] = [[astuple(part) for part in opened.parts()], opened.progress]
@@ -138,7 +154,7 @@ class ImagesReader(ReadOnly):
         for where, part in self._held[index]:
             try:
                 if where not in self._open:
-                    self._open[where] = Image.open(self._place.path(where))
+                    self._open[where] = self._place.open(where)
                 return self._open[where].tensor(part)
             except (ImageError, OSError) as error:
                 problems.append(str(error))

@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,13 @@ class Journal:
         write_atomically(self._run_dir / SUMMARY, json.dumps(made, indent=2) + "\n")
         return made
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of lines so far; see `cut_back`."""
+        return {
+            name: os.fstat(file.fileno()).st_size
+            for name, file in ((METRICS, self._metrics), (EVENTS, self._events))
+        }
+
     def flush(self) -> None:
         """Nothing waits: every line is written when it is told."""
 
@@ -98,6 +105,13 @@ def drop_torn_line(path: Path) -> None:
             keep = start
         if keep != data_end:
             file.truncate(keep)
+
+
+def cut_back(run_dir: Path, sizes: Mapping[str, int]) -> None:
+    """Remove what was written behind `sizes`, for a writer that died before it could tell that it had."""
+    for name, size in sizes.items():
+        if (path := run_dir / name).exists() and path.stat().st_size > size:
+            os.truncate(path, size)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -100,7 +100,7 @@ def _of_rank(plan: RunPlan, vocab_size: int, pp_rank: int) -> RankMemory:
         activations=_most_kept(plan, pp_rank, {number: sum(stage.kept) for number, stage in stages.items()}),
         backward=max((size for stage in stages.values() for size in stage.kept), default=0),
         checkpoint_copy=3 * share if plan.device == "cpu" else 0,
-        snapshots=config.snapshot.slots * 3 * share if config.snapshot.enabled is not False else 0,
+        snapshots=config.snapshot.slots_on(1) * 3 * share if config.snapshot.enabled is not False else 0,
     )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..faulttol.choice import Source
+from ..faulttol.image import Image
+from ..faulttol.listing import Listed
 from ..faulttol.vault import RankFiles
 from .corpus import Corpus
 
@@ -28,8 +29,9 @@ class SnapshotPlace:
     # (rank, bytes of data) -> files with that much room, those of an earlier life as they are where they fit.
     # Raises OSError or ImageError where there is no memory.
     reserve: Callable[[int, int], RankFiles]
-    elsewhere: tuple[Source, ...] = ()  # images that other nodes hold and this rank may fetch
-    # `where` of an image on another node ("<node>:<path>", or of `elsewhere`) -> a copy of the file on this
+    elsewhere: tuple[Listed, ...] = ()  # images on nodes that have no rank to tell of them
+    # `where` of an image on another node ("<node>:<path>") -> a copy of the file on this one, for its caller
+    # alone. Raises OSError where it cannot be had.
     fetch: Callable[[str], Path] | None = None
     newest: int = 0  # step that is known to be finished
     recorded: int | None = None  # last step in the record of the run, where whoever starts the rank knows it
@@ -40,14 +42,21 @@ class SnapshotPlace:
         """A file of this node, for all ranks."""
         return f"{self.node}:{path}"
 
-    def path(self, where: str) -> Path:
-        """A file to read on this node, which is fetched when it lies on another."""
+    def open(self, where: str) -> Image:
+        """An image on any node; what had to be fetched is held for as long as the image is.
+
+        Raises what `Image.open` raises, and OSError.
+        """
         node, _, path = where.partition(":")
         if node == self.node:
-            return Path(path)
+            return Image.open(path)
         if self.fetch is None:
             raise FileNotFoundError(f"{where}: lies on another node, and nobody here can fetch it")
-        return self.fetch(where)
+        copy = self.fetch(where)
+        try:
+            return Image.open(copy)
+        finally:
+            copy.unlink()  # the memory goes when the image does
 
 
 @dataclass

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..faulttol.arena import ALIGNMENT, Arena
 from ..faulttol.choice import Choice, Offer, Source, choose
 from ..faulttol.header import ImageError
-from ..faulttol.image import Image, inspect
+from ..faulttol.listing import Listed, images_in
 from ..faulttol.vault import RankFiles
 from ..kernels.adamw import moment_dtype
 from ..parallel.collectives import gather_json
@@ -43,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 Needed: TypeAlias = Sequence[tuple[int, torch.dtype]]  # what a state takes of a memory, in order
 
-_FILES = re.compile(r".*\.(arena|slot-\d+|blob)")
-SAID = {"rank", "world_size", "twin", "copies", "began"}  # of whose image one is, beside its progress
 _ROUNDS = 64  # of choosing again; each strikes at least one image
 
 
@@ -73,42 +70,22 @@ class Found:
 
 def look_around(place: SnapshotPlace, mesh: FoldedMesh) -> Found:
     """Every image that some rank can reach. All ranks call it."""
-    sources, seen = [], []
-    for path in sorted(place.folder.iterdir()) if place.folder.is_dir() else ():
-        info = inspect(path) if _FILES.fullmatch(path.name) else None
-        if info is None or info.run != place.run or not info.usable:
-            continue
-        said = info.progress
-        if not said.keys() >= SAID:  # parity is of several ranks
-            continue
-        kind: Any = info.kind if info.kind in ("arena", "slot") else "peer"
-        sources.append(
-            Source(
-                kind=kind,
-                step=info.step,
-                fingerprint=info.fingerprint,
-                where=place.where(path),
-                rank=said["rank"],
-                world_size=said["world_size"],
-                epoch=info.epoch,
-            )
-        )
-        seen.append([info.fingerprint, said["rank"], said["twin"], said["copies"], said["began"]])
-    own = {
-        "node": place.node,
-        "newest": place.newest,
-        "sources": [asdict(source) for source in (*sources, *place.elsewhere)],
-        "seen": seen,
-    }
+    listed = [*images_in(place.folder, run=place.run, node=place.node), *place.elsewhere]
+    own = {"node": place.node, "newest": place.newest, "images": [image.to_json() for image in listed]}
     found = Found(began=dict(place.began))
+    known: set[tuple[str, int]] = set()
     for told in gather_json(own, mesh.world, mesh.device):
         found.nodes.append(told["node"])
         found.newest = max(found.newest, told["newest"])
-        found.sources += [s for v in told["sources"] if (s := Source(**v)) not in found.sources]
-        for fingerprint, rank, twin, copies, began in told["seen"]:
-            found.twins[fingerprint, rank] = twin
-            found.copies[fingerprint] = copies
-            found.began |= {int(epoch): step for epoch, step in began.items()}
+        for image in map(Listed.from_json, told["images"]):
+            source = image.source
+            if (source.where, source.step) in known:  # ranks of one node tell the same
+                continue
+            known.add((source.where, source.step))
+            found.sources.append(source)
+            found.twins[source.fingerprint, source.rank] = image.twin
+            found.copies[source.fingerprint] = image.copies
+            found.began |= {int(epoch): step for epoch, step in image.began.items()}
     return found
 
 
@@ -321,7 +298,7 @@ class Restorer:
             return [s for s in self._found.sources if s.kind == "disk" and s.step > (step or 0)]
         source = choice.sources[self._rank]
         try:
-            image = Image.open(self._place.path(source.where))
+            image = self._place.open(source.where)
             if image.step != choice.step:
                 raise ImagesLost(f"{source.where} is at step {image.step} by now, not {choice.step}")
             fill_from(image, state.parts())

@@ -209,6 +209,8 @@ class Trainer:
             snapshots.after_update(self.step, state.progress_values() | {"line": line})
         last = self.step == config.run.steps or result.stop
         due = last or (config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0)
+        if due:
+            self.phase = "saving a checkpoint"
         stall_s = checkpointer.stage(state) if due else 0.0
         stall_s += snapshots.take_stall() if snapshots is not None else 0.0
         seconds = time.perf_counter() - started
@@ -299,7 +301,7 @@ class Trainer:
             self._read_weights(model)
 
         def load_checkpoint(state: TrainState) -> int | None:
-            loaded = self._load_checkpoint(mesh, state, checkpointer)
+            loaded = self._load_checkpoint(mesh, state, checkpointer, newest=found.newest)
             return None if loaded is None else loaded.step
 
         makers = Makers(
@@ -348,8 +350,9 @@ class Trainer:
             load_weights(model.held, Path(self._config.model.init_from))
 
     def _load_checkpoint(
-        self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer
+        self, mesh: FoldedMesh, state: TrainState, checkpointer: Checkpointer, *, newest: int = 0
     ) -> Loaded | None:
+        """The newest whole one on disk; `newest` is the last step that is known to be done, 0 if none is."""
         self.phase = "loading a checkpoint"
         started = time.perf_counter()
         loaded = checkpointer.load(state)
@@ -358,11 +361,13 @@ class Trainer:
                 self._recorder.event(
                     "fault", loaded.step, **{"class": "damaged_checkpoint", "message": problem}
                 )
+            lost = {"lost_steps": max(0, newest - loaded.step)} if newest else {}
             self._recorder.event(
                 "restored",
                 loaded.step,
                 source="disk",
                 from_step=loaded.step,
+                **lost,
                 seconds=time.perf_counter() - started,
             )
         return loaded
@@ -384,9 +389,8 @@ class Trainer:
     def _tell_failed_save(self, checkpointer: Checkpointer) -> None:
         if (error := checkpointer.take_error()) is not None and dist.get_rank() == 0:
             message = f"a checkpoint could not be written, the one before still stands: {error}"
-            self._recorder.event(
-                "fault", self.step, **{"class": "checkpoint_not_written", "message": message}
-            )
+            cause = "disk" if error.of_disk else "checkpoint_not_written"
+            self._recorder.event("fault", self.step, **{"class": cause, "message": message})
 
     def _data_progress(self, done: int, total: int, what: str) -> None:
         self.phase = f"reading the data: {100 * done // max(total, 1)}% ({what})"

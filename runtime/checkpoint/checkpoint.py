@@ -5,6 +5,7 @@ process group. Loading tries the newest committed checkpoint first and falls bac
 damaged; all ranks agree.
 """
 
+import errno
 import shutil
 import threading
 import time
@@ -27,6 +28,9 @@ from .planners import PartLoadPlanner, PartSavePlanner, by_name
 from .shelf import Shelf
 from .storage import FolderReader, FolderWriter
 
+# no room, no room for this user, too large a file, a broken disk, one mounted read-only
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
 
 class CheckpointMismatch(RuntimeError):
     """A whole checkpoint, of another model than the one to be loaded."""
@@ -38,6 +42,14 @@ class NoCheckpointLeft(RuntimeError):
 
 class CheckpointNotWritten(RuntimeError):
     """A save came to nothing; the checkpoint before it still stands."""
+
+    def __init__(self, message: str, of_disk: bool = False) -> None:
+        """`of_disk`: because a disk is full, or refuses to be written to."""
+        super().__init__(message, of_disk)  # both, as they cross processes
+        self.of_disk = of_disk
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Checkpointer:
         self._staged: tuple[list[Part], dict[str, Any]] | None = None
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None  # what stopped the last write, the same on every rank
-        self._untold: Exception | None = None
+        self._untold: CheckpointNotWritten | None = None
 
     def save(self, state: TrainState) -> float:
         """Copy the state and start writing it; returns the seconds that training waited."""
@@ -97,7 +109,7 @@ class Checkpointer:
         self._writing = threading.Thread(target=self._write, args=staged, name="checkpoint", daemon=True)
         self._writing.start()
 
-    def take_error(self) -> Exception | None:
+    def take_error(self) -> CheckpointNotWritten | None:
         """What stopped a write that has ended, told once; the previous checkpoint still stands.
 
         Ranks hear of it at different steps; only `wait` answers alike on all.
@@ -180,7 +192,8 @@ class Checkpointer:
             BaseException
         ) as error:  # a thread's error is seen by nobody: kept for the rank, whatever it is
             cause = _first_cause(error) if isinstance(error, CheckpointException) else repr(error)
-            self._error = self._untold = CheckpointNotWritten(f"step {progress['step']}: {cause}")
+            told = f"step {progress['step']}: {cause}"
+            self._error = self._untold = CheckpointNotWritten(told, _of_disk(error))
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
 
     def _join(self) -> None:
@@ -212,6 +225,14 @@ def _look(folder: Path, parts: list[Part]) -> dict[str, Any]:
             shapes = f"{list(stored.shape)}, which is {list(part.shape)} in this model"
             return {"mismatch": f"holds {part.name} as {shapes}; choose another run.dir"}
     return {"progress": index.progress}
+
+
+def _of_disk(error: BaseException) -> bool:
+    """Whether a disk is the cause, on any rank."""
+    causes = (
+        [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    )
+    return any(isinstance(cause, OSError) and cause.errno in DISK_ERRORS for cause in causes)
 
 
 def _first_cause(error: CheckpointException) -> str:

@@ -35,6 +35,20 @@ def test_a_checkpoint_that_fails_on_the_way_is_told_and_training_goes_on(
     assert [event["step"] for event in events(tmp_path, "checkpoint")] == [4, 6]
 
 
+def test_a_full_disk_is_told_as_that_and_training_goes_on(source: Path, tmp_path: Path) -> None:
+    """The kernel's own error, of a file that takes no byte: somebody has to make room."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "rank-00000.bin").symlink_to("/dev/full")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000002.partial").symlink_to(tmp_path / "full")
+    ends = train_on_ranks(1, tmp_path / "run", source, "run.steps=4", "checkpoint.every=2")
+    assert [(end.status, end.step) for end in ends] == [("finished", 4)]
+    [fault] = events(tmp_path / "run", "fault")
+    assert fault["class"] == "disk"
+    assert "No space left on device" in fault["message"]
+    assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == [4]
+
+
 def test_a_run_without_its_last_checkpoint_has_failed(source: Path, tmp_path: Path) -> None:
     """Finished means durable: without the last checkpoint a later command would train these steps again."""
     obstruct(tmp_path, 3)
