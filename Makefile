@@ -34,6 +34,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/snapshot.py
+	$(BIN)/python benchmarks/recovery.py --pairs 1
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

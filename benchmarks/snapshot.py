@@ -5,8 +5,10 @@
 Each measure alternates with its baselines in one process; medians, and the best of each for a machine that is
 shared. Stalls are what the training thread waits: `start` and `barrier` of a capture around a step of
 products of one thread, against a synchronous copy into shared memory (with and without checksums) and the
-blocking time of torch's `async_save`. Restores verify every byte where the format can; the files on disk are
-read from a cold page cache ("cold", as after a restart elsewhere) and a warm one. Prints one JSON object.
+blocking time of torch's `async_save`. Restores fill tensors that are there already, as in a run, and verify
+every byte where the format can: from a slot, from the same file on disk, from a checkpoint as the runtime
+writes and loads it, and torch's own file, which has no checksums. Files on disk are read from a cold page
+cache ("cold", as after a restart elsewhere) and a warm one. Prints one JSON object.
 """
 
 import argparse
@@ -33,6 +35,10 @@ from rayfold.faulttol.image import Image
 from rayfold.faulttol.slots import Slots
 from rayfold.faulttol.snapshot import Capture
 from rayfold.faulttol.vault import RankFiles, Vault
+from rayfold.runtime.checkpoint.planners import PartLoadPlanner, PartSavePlanner, by_name
+from rayfold.runtime.checkpoint.storage import FolderReader, FolderWriter
+from rayfold.runtime.images import fill_from
+from rayfold.runtime.part import Part
 
 TENSORS = 64
 
@@ -146,12 +152,17 @@ def restores(
     ours, theirs = disk / "state.slot", disk / "state.pt"
     ours.write_bytes(slot.read_bytes())
     torch.save({name: tensor.clone() for name, tensor in state.items()}, theirs)
+    parts = [Part.whole(name, tensor.clone()) for name, tensor in state.items()]
+    checkpoint = disk / "checkpoint"
+    writer = FolderWriter(checkpoint, {}, lambda folder: None)
+    dcp.save(by_name(parts), storage_writer=writer, planner=PartSavePlanner())
     os.sync()
 
     def from_image(path: Path) -> None:
-        image = Image.open(path)
-        for part in image.parts():
-            image.tensor(part)
+        fill_from(Image.open(path), parts)
+
+    def from_checkpoint() -> None:
+        dcp.load(by_name(parts), storage_reader=FolderReader(checkpoint), planner=PartLoadPlanner())
 
     def adopt() -> None:
         arena.rewind()
@@ -165,6 +176,8 @@ def restores(
         "adopt_arena_s": (adopt, None),
         "restore_disk_cold_s": (lambda: from_image(ours), ours),
         "restore_disk_warm_s": (lambda: from_image(ours), None),
+        "restore_checkpoint_cold_s": (from_checkpoint, checkpoint / "rank-00000.bin"),
+        "restore_checkpoint_warm_s": (from_checkpoint, None),
         "torch_load_cold_s": (lambda: torch.load(theirs, weights_only=True), theirs),
         "torch_load_warm_s": (lambda: torch.load(theirs, weights_only=True), None),
     }
@@ -180,6 +193,8 @@ def restores(
         "restore_slot_gb_per_s": arena.used / medians["restore_slot_s"] / 1e9,
         "disk_cold_over_slot": medians["restore_disk_cold_s"] / medians["restore_slot_s"],
         "disk_warm_over_slot": medians["restore_disk_warm_s"] / medians["restore_slot_s"],
+        "checkpoint_cold_over_slot": medians["restore_checkpoint_cold_s"] / medians["restore_slot_s"],
+        "checkpoint_warm_over_slot": medians["restore_checkpoint_warm_s"] / medians["restore_slot_s"],
         "torch_load_cold_over_slot": medians["torch_load_cold_s"] / medians["restore_slot_s"],
     }
 
