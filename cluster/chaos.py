@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..faulttol.campaign import Campaign, CampaignError, Injection, PlannedFault
+from ..faulttol.campaign import OF_CHECKPOINTS, Campaign, CampaignError, Injection, PlannedFault
 from ..faulttol.outcome import PROMISES, campaign_report
 from ..runtime.journal import EVENTS, METRICS, read_lines, write_atomically
 from ..runtime.plan import RunPlan
@@ -35,11 +35,17 @@ INJECTED: dict[Injection, str] = {
     "kill_spare": "SIGKILL of a process that waits to take a rank's place",
     "kill_vault": "SIGKILL of the process that watches the node's ranks",
     "stop": "SIGSTOP of a rank: it fails nowhere and answers nobody",
+    "stale": "SIGSTOP of a rank, and SIGCONT while its place is given to another",
     "bit_flip": "one bit in the newest copy of the rank's state",
+    "truncate": "the newest copy of the rank's state cut off while the rank has it mapped",
+    "flip_checkpoint": "one bit in the newest checkpoint on disk",
+    "truncate_checkpoint": "a file of the newest checkpoint on disk cut off",
+    "disk_full": "no rank can write a file as large as a checkpoint's, until one has come to nothing",
 }
 REFUSED: dict[Injection, str] = {
     "kill_node": "a run on this machine is one node with the controller on it, and nothing would be left",
     "exception": "nobody outside a process can raise in it; raise at a step in a model of your own instead",
+    "stuck": "nobody outside a process can hold its interpreter; loop at a step in a model of your own",
     "preempt": "a notice to leave is not taken yet; stop or kill a rank instead",
 }
 
@@ -83,6 +89,15 @@ def check_campaign(campaign: Campaign, plan: RunPlan) -> None:
             problems.append(
                 f"{at}.at_step: goes up to {spec.at_step[1]}, and a run of run.steps = {config.run.steps} is "
                 f"over then; use at most {config.run.steps - 1}, or run.steps={spec.at_step[1] + 1} or more"
+            )
+        every, due = (
+            config.checkpoint.every,
+            spec.at_step[0] if spec.at_step is not None else config.run.steps,
+        )
+        if spec.kind in OF_CHECKPOINTS and not 0 < every < due:
+            problems.append(
+                f"{at}.kind: {spec.kind} needs a checkpoint that is there before, and checkpoint.every = "
+                f"{every}; set checkpoint.every to less than {due}"
             )
         if spec.kind == "kill_spare" and config.snapshot.spares == 0:
             problems.append(f"{at}.kind: kill_spare, and snapshot.spares = 0; set snapshot.spares=1")
@@ -180,7 +195,8 @@ def kinds_table() -> Table:
 def _promise(kind: Injection) -> str:
     promise = PROMISES[kind]
     if not promise.recovers:
-        return "training is not disturbed"
+        alarm = f', a fault of class "{promise.alarm}" is told' if promise.alarm else ""
+        return f"training is not disturbed{alarm}"
     said = [f"{promise.lost_steps} step lost at most" if promise.lost_steps else "no step lost"]
     said += [f"noticed in {promise.detect_s:g} s"] if promise.detect_s is not None else []
     said += [f"goes on in {promise.resume_s:g} s"] if promise.resume_s is not None else []

@@ -20,8 +20,8 @@ from typer.core import TyperCommand
 
 from ..faulttol.campaign import read_campaign, schedule
 from ..faulttol.outcome import report_table
-from ..runtime.config import ConfigError, CustomModel, documented_keys, read_settings, write_toml
-from ..runtime.journal import SUMMARY, Journal, write_atomically
+from ..runtime.config import ConfigError, CustomModel, documented_keys, read_settings
+from ..runtime.journal import SUMMARY, Journal
 from ..runtime.plan import RunPlan, plan_settings
 from ..runtime.resume import check_goes_on, newest_step
 from .chaos import (
@@ -313,7 +313,6 @@ def _run(plan: RunPlan, home: Home, quiet: bool) -> dict[str, Any]:
     run_dir = plan.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with claim(run_dir):
-        write_atomically(run_dir / "config.toml", write_toml(plan.config))
         from .launch import launch  # Ray takes a second to import; wrong configurations need not wait for it
 
         return launch(plan, home=home, quiet=quiet)

@@ -3,10 +3,10 @@
 Nothing here decides: what failed is told as values, and a remedy is carried out as it is given.
 """
 
-import threading
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from datetime import timedelta
 from typing import Any
 
 import ray
@@ -14,42 +14,48 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ..faulttol.remedy import Replace, Shrink, Spare
 from ..faulttol.verdict import Failure
-from ..runtime.plan import RunPlan
-from .deaths import Deaths
-from .fleet import Fleet, FleetError, Member, form, start_fleet
+from ..runtime.config import check_config
+from ..runtime.plan import RunPlan, make_run_plan
+from .fleet import Fleet, form, start_fleet
 from .home import Home
+from .losses import Losses, short_name
+from .meeting import Meeting
+from .notice import Leaving, draining_nodes
+from .protect import Protector
 from .recovery import with_layout
-from .vault import Vaults
-from .watch import Notice
+from .vault import Vaults, node_name
+from .watch import Notice, seen_of
 
 ANSWER_S = 5.0  # a control thread answers in milliseconds; one that takes this long does not answer
 LEAVE_S = 10.0  # a rank raises at its next exchange with others, which in a small model is milliseconds away
 LEAVE_STEPS = 3  # in a large one it may compute for most of a step first
-UNKNOWN = "its process ended without a Python error: killed from outside, or crashed in native code"
-STOPPED = "its process was halted by a signal, as SIGSTOP does, and answers nobody"
+GONE = "its process was gone when its controller had been started again"
+SETTLED = frozenset(  # all groups stand by then
+    {"training", "saving a checkpoint", "validating", "writing the last checkpoint"}
+)
 
 
 class Crew:
     """Workers, spares, vaults and the store of a run."""
 
-    def __init__(self, plan: RunPlan, home: Home, controller: Any, *, session: str) -> None:
-        """`session` names the embedded session of the command, "" in a joined cluster."""
+    def __init__(self, plan: RunPlan, home: Home, controller: Any, *, run: str) -> None:
+        """`run` begins the names of all that belongs to this run: the embedded session of the command, or a
+        name that no other run in the cluster has.
+        """
         self.plan = self._whole = plan
         self.epoch = 0
-        self.lost_nodes: set[str] = set()
         self._controller = controller
         self._node = ray.get_runtime_context().get_node_id()
         self._fleet: Fleet | None = None
         self._home = home
-        self._deaths = Deaths(self._node)
-        self._vaults = Vaults(home, controller, plan.config.snapshot, own_node=self._node, session=session)
+        self._run = os.path.basename(run)
+        self._vaults = Vaults(home, controller, plan.config.snapshot, own_node=self._node, session=run)
+        self._protector = Protector(self._vaults)
+        self._losses = Losses(self._vaults, own_node=self._node, recovers=self.recovers)
         self._running: dict[Any, int] = {}
-        self._notices: list[Notice] = []
-        self._lock = threading.Lock()
-        self._store: Any = None
-        self._store_at = ("", 0)
+        self._meeting: Meeting | None = None
+        self._draining: dict[str, float | None] = {}  # nodes that will be taken away, as last told
         self._status: Any = None
-        self._dead_spares: list[int] = []  # process ids of those that nobody was told of yet
         self._killed: Any = None  # a vault's answer about the process it ended last
 
     @property
@@ -66,18 +72,55 @@ class Crew:
     @property
     def nodes(self) -> list[str]:
         """Node of each rank."""
-        return [_short(member.place.node) for member in self.fleet.members]
+        return [short_name(member.place.node) for member in self.fleet.members]
+
+    @property
+    def lost_nodes(self) -> set[str]:
+        """Nodes that are gone."""
+        return self._losses.nodes
 
     def start(self, given_up: Callable[[], bool]) -> None:
         """Start the workers and the store where they meet. Raises FleetError and StartGivenUp."""
-        opening = threading.Thread(target=self._open_store, name="store", daemon=True)
-        opening.start()  # imports torch, as the workers do meanwhile
-        self._fleet = start_fleet(self.plan, self._home, given_up)
-        opening.join(self.plan.config.run.start_timeout_s)
-        if self._store is None:
-            raise FleetError("the store where the ranks meet could not be opened beside the controller")
+        self._meeting = self._open_meeting()  # imports torch, as the workers do meanwhile
+        self._fleet = start_fleet(self.plan, self._home, given_up, run=self._run, controller=self._controller)
         for member in self.fleet.members:
-            self._follow(member)
+            self._losses.follow(member)
+
+    def as_values(self) -> dict[str, Any]:
+        """What `take_over` needs, as plain values."""
+        if self._fleet is None:
+            return {}
+        plan = self.plan.config.to_dict()
+        lost = sorted(self.lost_nodes)
+        return {"epoch": self.epoch, "plan": plan, "lost_nodes": lost, "fleet": self._fleet.as_values()}
+
+    def take_over(self, values: dict[str, Any], *, in_epoch: bool) -> list[int]:
+        """Be the crew of a run whose controller was lost; the ranks whose processes are gone. Without
+        `in_epoch` that controller may have begun another epoch than it wrote down.
+        """
+        self.epoch = values["epoch"] + (not in_epoch)
+        config = check_config(values["plan"])
+        self.plan = make_run_plan(config, cpus=1, gpus=int(config.run.device == "cuda"))
+        self._losses.nodes |= set(values["lost_nodes"])
+        self._meeting = self._open_meeting()
+        self._fleet = Fleet.found(
+            self.plan, self._home, values["fleet"], run=self._run, controller=self._controller
+        )
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for member in self.fleet.members:
+            if member.place.node in alive:
+                self._losses.follow(member)
+        for node in {member.place.node for member in self.fleet.members} - alive:
+            self._losses.lose(self.fleet, node, 0)
+        return [rank for rank, member in enumerate(self.fleet.members) if member.actor is None]
+
+    def settled(self) -> bool:
+        """Whether all ranks are past the point where they need the store of their epoch."""
+        asked = [member.actor.status.remote() for member in self.fleet.members]
+        try:
+            return all(status["phase"] in SETTLED for status in ray.get(asked, timeout=ANSWER_S))
+        except (GetTimeoutError, RayActorError):
+            return False
 
     def form(self, given_up: Callable[[], bool], lost: Callable[[], bool]) -> dict[str, Any]:
         """Let the ranks find each other in a new epoch; what to tell of it. Raises as `fleet.form` does."""
@@ -87,7 +130,7 @@ class Crew:
             self.fleet.members,
             self.plan,
             epoch=self.epoch,
-            store=self._store_at,
+            store=self._met().place,
             given_up=given_up,
             lost=lost,
         )
@@ -103,16 +146,24 @@ class Crew:
     def train(self, *, recorded: int) -> None:
         """Let every rank train in this epoch; `recorded` is the last step in the record of the run."""
         values = self.plan.config.to_dict()
+        for spare in self.fleet.spares():  # before memory is given out: they may be on further nodes
+            self._losses.follow(spare)
+        homes = [node_name(member.place.node) for member in self.fleet.members]
+        elsewhere = self._protector.elsewhere(homes) if self.recovers else []
         self._running = {
             member.actor.train.remote(
                 epoch=self.epoch,
                 rank=rank,
                 plan=values,
                 controller=self._controller,
-                memory=self._vaults.memory(member.place.node, recorded=recorded) if self.recovers else None,
+                memory=self._vaults.memory(member.place.node, recorded=recorded, elsewhere=elsewhere)
+                if self.recovers
+                else None,
             ): rank
             for rank, member in enumerate(self.fleet.members)
         }
+        if self.recovers:
+            self._protector.begin(self.epoch, homes)
 
     @property
     def training(self) -> list[int]:
@@ -133,14 +184,11 @@ class Crew:
 
     def noticed_any(self) -> bool:
         """Whether something was noticed of a rank that nobody has asked about yet."""
-        ranks = {member.place.pid for member in self.fleet.members}
-        with self._lock:
-            return any(notice.pid in ranks for notice in self._notices)
+        return self._losses.noticed_any(self.fleet)
 
     def tell(self, notice: Notice) -> None:
         """Take in what a vault has seen; called by another thread."""
-        with self._lock:
-            self._notices.append(notice)
+        self._losses.tell(notice)
 
     def answers(self, rank: int) -> bool:
         """Whether a rank's process answers."""
@@ -149,6 +197,12 @@ class Crew:
         except (GetTimeoutError, RayActorError):
             return False
         return True
+
+    def seen(self, rank: int) -> Any:
+        """What the kernel says of a rank's process: a `Seen`, a reference to it, or None if nobody asks."""
+        place = self.fleet.members[rank].place
+        seen = self._vaults.seen(place.node, place.pid)
+        return seen_of(place.pid) if seen is None and place.node == self._node else seen
 
     def phase(self) -> str | None:
         """What rank 0 was doing when it was asked last; asks again. Nobody waits for the answer."""
@@ -166,18 +220,32 @@ class Crew:
     def keep_up(self) -> list[int]:
         """Replace spares that were used or have died, and follow new ones; process ids of the dead."""
         for spare in self.fleet.spares():
-            self._follow(spare)
-        self._drop_dead_spares()
-        dead, self._dead_spares = self._dead_spares, []
+            self._losses.follow(spare)
+        dead = self._losses.dead_spares(self.fleet)
         wanted = self.fleet.spares_wanted + self.missing  # those that would make the run whole again
-        self.fleet.add_spares(max(0, wanted - self.fleet.spares_in_all))
+        self.fleet.add_spares(max(0, wanted - self.fleet.spares_in_all), avoid=self._draining)
         return dead
+
+    def leaving(self) -> Leaving | None:
+        """A node that will be taken away and has ranks, if Ray knows of one; its spares are ended."""
+        self._draining = draining_nodes()
+        for spare in [one for one in self.fleet.spares() if one.place.node in self._draining]:
+            self._losses.drop(self.fleet, spare)
+        for node, deadline_unix in self._draining.items():
+            ranks = [rank for rank, member in enumerate(self.fleet.members) if member.place.node == node]
+            if ranks:
+                return Leaving(node=node, ranks=tuple(ranks), deadline_unix=deadline_unix)
+        return None
+
+    def end(self, ranks: Iterable[int]) -> None:
+        """End the processes of ranks that have left their epoch."""
+        for rank in ranks:
+            self._losses.drop(self.fleet, self.fleet.members[rank])
 
     def fence_off(self) -> None:
         """Begin the next epoch: whoever belongs to the last can no longer join, commit or record."""
-        from ..faulttol.epoch import bump
-
-        self.epoch = bump(self._store, self.epoch)
+        self._protector.pause()
+        self.epoch = self._met().next_epoch()
 
     def break_off(self, lost: Iterable[int], *, step_s: float, step: int) -> list[Failure]:
         """End the lost ranks, and let the others leave what they wait in; those that do not are ended too and
@@ -185,7 +253,7 @@ class Crew:
         """
         gone = set(lost)
         for rank in gone:
-            self._killed = self._drop(self.fleet.members[rank])
+            self._killed = self._losses.drop(self.fleet, self.fleet.members[rank])
         leaving = {
             member.actor.leave.remote(self.epoch - 1): rank
             for rank, member in enumerate(self.fleet.members)
@@ -202,9 +270,9 @@ class Crew:
                 told = f"its process did not come back from its step within {budget_s:.0f} s"
                 late.append(Failure(rank, step, "stopped", told, time.time()))
             except (RayActorError, RayTaskError) as error:
-                late.append(self._death(rank, step, error))
+                late.append(self._losses.death(self.fleet, rank, step, error))
         for failure in late:
-            self._drop(self.fleet.members[failure.rank])
+            self._losses.drop(self.fleet, self.fleet.members[failure.rank])
         self._running = {}
         return late
 
@@ -223,8 +291,8 @@ class Crew:
 
     def spares(self) -> list[Spare]:
         """Processes that could take a rank's place this instant."""
-        self._drop_dead_spares()
-        return [Spare(spare.id, _short(spare.place.node)) for spare in self.fleet.spares()]
+        self._losses.drop_dead_spares(self.fleet)
+        return [Spare(spare.id, short_name(spare.place.node)) for spare in self.fleet.spares()]
 
     def spare_pids(self) -> dict[str, int]:
         """Process id of each spare."""
@@ -243,7 +311,8 @@ class Crew:
             self.plan = with_layout(self.plan, remedy.layout)
         self.fleet.rearrange(members, lost=[before[rank] for rank in lost])
         for member in members:
-            self._follow(member)
+            self._losses.follow(member)
+        self._make_again()
 
     @property
     def missing(self) -> int:
@@ -264,92 +333,55 @@ class Crew:
         """Ask every rank to stop after the step it is in."""
         self.fleet.stop()
 
+    @property
+    def node_safe_step(self) -> int | None:
+        """The newest step that outlives the loss of a node; None where there is none."""
+        return self._protector.safe_step if self._protector.safe_step >= 0 else None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a node is silent and may turn out to be lost."""
+        return self.recovers and self._vaults.in_doubt()
+
+    def protection_news(self) -> list[dict[str, Any]]:
+        """Changes of how well lost nodes could be made up for, as fields of events."""
+        return self._protector.take_news()
+
     def close(self) -> None:
         """End all that was started and remove the files of the run's memory."""
+        self._protector.close()
         if self._fleet is not None:
             self._fleet.end()
         self._vaults.close()
-        self._deaths.close()
+        self._losses.close()
 
-    def _open_store(self) -> None:
-        from torch.distributed import TCPStore
+    def _open_meeting(self) -> Meeting:
+        return Meeting(self.epoch, timeout_s=self.plan.config.run.start_timeout_s)
 
-        timeout = timedelta(seconds=self.plan.config.run.start_timeout_s)
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        self._store_at = host, self._store.port
-
-    def _follow(self, member: Member) -> None:
-        self._deaths.follow(member.place)
-        if self.recovers:
-            self._vaults.follow(member.place.node, member.place.pid)
-
-    def _drop(self, member: Member) -> Any:
-        """A reference to when its process was last seen well, or None."""
-        seen = self._vaults.kill(member.place.node, member.place.pid)
-        self.fleet.drop(member)
-        return seen
-
-    def _drop_dead_spares(self) -> None:
-        ranks = {member.place.pid for member in self.fleet.members}
-        with self._lock:
-            others = {notice.pid for notice in self._notices if notice.pid not in ranks}
-            self._notices = [notice for notice in self._notices if notice.pid in ranks]
-        for spare in [one for one in self.fleet.spares() if one.place.pid in others]:
-            self._dead_spares.append(spare.place.pid)
-            self._drop(spare)
+    def _met(self) -> Meeting:
+        assert self._meeting is not None, "start comes first"
+        return self._meeting
 
     def _noticed(self, step: int) -> list[Failure]:
-        """What was noticed of the ranks, and of nodes that went silent."""
-        ranks = {member.place.pid: rank for rank, member in enumerate(self.fleet.members)}
-        with self._lock:
-            mine = [notice for notice in self._notices if notice.pid in ranks]
-            self._notices = [notice for notice in self._notices if notice.pid not in ranks]
-        failures = []
-        for notice in mine:
-            how = STOPPED if notice.what == "stopped" else self._deaths.how(notice.pid) or UNKNOWN
-            failures.append(Failure(ranks[notice.pid], step, notice.what, how, notice.last_well_unix))
-        for node in self._vaults.silent(time.monotonic()) if self.recovers else []:
-            self.lost_nodes.add(_short(node))
-            self._vaults.lose(node)
-            there = [rank for rank, member in enumerate(self.fleet.members) if member.place.node == node]
-            failures += [
-                Failure(rank, step, "died", "its machine does not answer", time.time()) for rank in there
-            ]
+        failures = self._losses.noticed(self.fleet, step)
         seen = {failure.rank for failure in failures}
         self._running = {ref: rank for ref, rank in self._running.items() if rank not in seen}
         return failures
+
+    def _make_again(self) -> None:
+        """Have the state of lost nodes made again, each where most of its ranks have gone."""
+        left, emptied = self._vaults.actors(), self._losses.emptied
+        if not emptied or not left:
+            return
+        now_at = Counter(node_name(member.place.node) for member in self.fleet.members)
+        target = max(left, key=lambda node: (now_at[node], node))
+        self._protector.make_again({node_name(node): target for node in emptied})
+        emptied.clear()
 
     def _result(self, ref: Any, rank: int, step: int) -> dict[str, Any] | Failure:
         """The outcome of a rank, or its failure: told by itself, or seen from its death."""
         try:
             result: dict[str, Any] = ray.get(ref)
         except (RayActorError, RayTaskError) as error:
-            return self._death(rank, step, error)
+            return self._losses.death(self.fleet, rank, step, error)
         return Failure(**result["failure"]) if "failure" in result else result
-
-    def _death(self, rank: int, step: int, error: RayActorError | RayTaskError) -> Failure:
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            return Failure(rank, step, type(cause).__name__, str(cause), time.time(), traceback=str(error))
-        pid = self.fleet.members[rank].place.pid
-        with self._lock:  # a vault may have seen it as well, and earlier
-            seen = [n.last_well_unix for n in self._notices if n.pid == pid]
-            self._notices = [n for n in self._notices if n.pid != pid]
-        how = self._deaths.how(pid) or _why(error)
-        return Failure(rank, step, "died", how, min([time.time(), *seen]), traceback=str(error))
-
-
-def _short(node: str) -> str:
-    """Enough of a node's id to tell it from others."""
-    return node[:12]
-
-
-def _why(error: RayActorError) -> str:
-    """Why an actor's process ended, as far as Ray can tell."""
-    text = str(error).lower()
-    if "memory pressure" in text or "out_of_memory" in text:
-        return "its process was killed by Ray, because its machine ran out of memory"
-    if "node" in text and ("node has died" in text or "node died" in text or "node is dead" in text):
-        return "its machine was lost"
-    return UNKNOWN

@@ -16,12 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..faulttol.campaign import PlannedFault
+from ..faulttol.campaign import OF_CHECKPOINTS, Injection, PlannedFault
 from ..faulttol.header import FILLING
 from ..faulttol.outcome import PROMISES
 from ..runtime.journal import EVENTS, METRICS
 from .reaper import MARK, session_processes
-from .strikes import files_of, flip_bit, kill_when, send, title_of
+from .strikes import (
+    cut_slot,
+    damage_checkpoint,
+    data_files,
+    files_of,
+    flip_bit,
+    kill_when,
+    lift_limit,
+    limit_files,
+    send,
+    title_of,
+)
+from .watch import state_of
 
 LOOK_EVERY_S = 0.01  # a tenth of what deciding and fencing take: a kill must be able to fall between them
 INTO_STEP_S = 1.0  # the most that a kill waits for its place within a step
@@ -63,6 +75,7 @@ class Situation:
     last_unix: float = 0.0  # and the last
     formed: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
+    not_written_unix: float = 0.0  # when the last checkpoint came to nothing
 
     def learn(self, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
         """Take in new lines of the record."""
@@ -75,6 +88,8 @@ class Situation:
                 self.formed = event
             if event["kind"] == "verdict":
                 self.verdict = event
+            if event["kind"] == "fault" and event["class"] in ("disk", "checkpoint_not_written"):
+                self.not_written_unix = event["time_unix"]
 
     @property
     def recovering(self) -> bool:
@@ -95,6 +110,25 @@ class Situation:
         return formed_unix > injected_unix and self.last_unix > formed_unix and self.step > injected_step
 
 
+@dataclass
+class Second:
+    """The second half of a fault, once something has come of the first."""
+
+    kind: Injection
+    pids: Sequence[int]
+    since_unix: float
+
+    def do(self, now: Situation) -> dict[str, Any] | None:
+        """Do it, if its moment has come; fields of a line about it, None where it has not."""
+        if self.kind == "disk_full" and now.not_written_unix > self.since_unix:
+            lift_limit(self.pids)
+            return {"message": "there is room again", "pids": list(self.pids)}
+        if self.kind == "stale" and now.verdict.get("time_unix", 0.0) > self.since_unix:
+            woken = send([pid for pid in self.pids if state_of(pid)[0] == "T"], signal.SIGCONT)
+            return {"message": "it was woken" if woken else "it was dead already", "pids": list(self.pids)}
+        return None
+
+
 class Injector:
     """Injects `planned` in a thread of its own while the run of `run_dir` goes; use it in a `with`.
 
@@ -113,6 +147,8 @@ class Injector:
         self._events = Tail(run_dir / EVENTS, since_unix=since_unix)
         self._now = Situation()
         self._disturbed: tuple[float, int] | None = None  # when and at what step an epoch was ended last
+        self._second: Second | None = None  # nothing else is injected before that
+        self._run_dir = run_dir
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
 
@@ -125,8 +161,13 @@ class Injector:
         self._thread.join(END_S)
 
     def _run(self) -> None:
-        while self.pending and not self._ended.wait(LOOK_EVERY_S):
+        while (self.pending or self._second) and not self._ended.wait(LOOK_EVERY_S):
             self._now.learn(self._metrics.news(), self._events.news())
+            if self._second is not None:
+                if (done := self._second.do(self._now)) is not None:
+                    self._tell({"time_unix": time.time(), "class": self._second.kind, **done})
+                    self._second = None
+                continue
             for fault in list(self.pending):
                 if not self._now.is_due(fault, time.time()):
                     self.why[fault.index] = NOT_DUE
@@ -152,13 +193,18 @@ class Injector:
         step = self._now.step
         done = self._inject(fault)
         if done is not None:
-            line = {"kind": "fault", "step": step, "planned": fault.index, "class": fault.kind}
-            line = {"time_unix": done["time_unix"], **line, "rank": fault.rank, **done}
-            self._told.write(json.dumps(line) + "\n")
-            self._told.flush()
+            line = {"planned": fault.index, "class": fault.kind, "rank": fault.rank}
+            self._tell({"time_unix": done["time_unix"], **line, **done})
+            if fault.kind in ("disk_full", "stale"):
+                self._second = Second(fault.kind, done["pids"], done["time_unix"])
             if PROMISES[fault.kind].recovers:
                 self._disturbed = done["time_unix"], step
         return done
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        line = {"time_unix": fields["time_unix"], "kind": "fault", "step": self._now.step, **fields}
+        self._told.write(json.dumps(line) + "\n")
+        self._told.flush()
 
     def _inject(self, fault: PlannedFault) -> dict[str, Any] | None:
         """Do it; fields of its line, None when it cannot be done this instant."""
@@ -174,6 +220,8 @@ class Injector:
             return send([found[fault.draw % len(found)]], signal.SIGKILL) if found else None
         if fault.kind == "kill_all":
             return send([pid for pid in pids if pid in ours], signal.SIGKILL)
+        if fault.kind in OF_CHECKPOINTS:
+            return self._on_disk(fault, [pid for pid in pids if pid in ours])
         rank = fault.rank if fault.kind != "kill_in_recovery" else self._survivor(fault.rank, len(pids))
         if not 0 <= rank < len(pids) or pids[rank] not in ours:
             self.why[fault.index] = f"rank {fault.rank} was not there: the run went on with fewer"
@@ -190,13 +238,24 @@ class Injector:
             case "bit_flip":
                 self.why[fault.index] = "no whole copy of its state was there"
                 done = flip_bit(files_of(session, rank, "slot-*"), fault.draw)
-            case "stop":
+            case "truncate":
+                self.why[fault.index] = "no whole copy of its state was there"
+                done = cut_slot(files_of(session, rank, "slot-*"), fault.draw)
+            case "stop" | "stale":
                 done = send([pids[rank]], signal.SIGSTOP)
             case _:
                 if fault.kind == "kill":  # anywhere within a step: a record tells of ends of steps only
                     self._ended.wait(min(INTO_STEP_S, self._now.step_s * fault.draw / 2**32))
                 done = send([pids[rank]], signal.SIGKILL)
         return None if done is None else {**done, "rank": rank}
+
+    def _on_disk(self, fault: PlannedFault, pids: Sequence[int]) -> dict[str, Any] | None:
+        self.why[fault.index] = "no checkpoint was there"
+        checkpoints = self._run_dir / "checkpoints"
+        if fault.kind != "disk_full":
+            return damage_checkpoint(checkpoints, fault.draw, cut=fault.kind == "truncate_checkpoint")
+        sizes = [path.stat().st_size for path in data_files(checkpoints)]
+        return limit_files(pids, min(sizes) // 2) if sizes else None
 
     def _survivor(self, rank: int, world_size: int) -> int:
         """`rank`, or the next one that is not lost; -1 where all are."""

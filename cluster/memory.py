@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from .machine import machine_bytes
 
 if TYPE_CHECKING:
+    from ..faulttol.listing import Listed
     from ..faulttol.vault import RankFiles
     from ..runtime.place import SnapshotPlace
 
@@ -29,8 +30,10 @@ class Memory:
     folder: str
     slots: int
     share: float  # of the machine's memory that all ranks there may take
+    beside: float  # what the node keeps of others for each byte of a copy of its own
     recorded: int  # last step in the record of the run
     vaults: dict[str, Any]  # of every node by name
+    elsewhere: "tuple[Listed, ...]" = ()  # images on nodes that have no rank
 
     def place(self, epoch: int) -> "SnapshotPlace":
         """The same for the trainer, in `epoch`."""
@@ -43,6 +46,7 @@ class Memory:
             epoch=epoch,
             reserve=self._reserve,
             fetch=self._fetch,
+            elsewhere=self.elsewhere,
             newest=self.recorded,
             recorded=self.recorded,
         )
@@ -54,14 +58,18 @@ class Memory:
         os.makedirs(self.folder, exist_ok=True)
         with open(lock_of(Path(self.folder)), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of the node at a time; let go of by the kernel
-            return Vault(self.folder, budget, run=self.run, slots=self.slots).reserve(rank, nbytes)
+            vault = Vault(self.folder, budget, run=self.run, slots=self.slots)
+            return vault.reserve(rank, nbytes, beside=2 * self.beside)  # the next is stored beside the last
 
     def _fetch(self, where: str) -> Path:
-        """A copy of another node's file, `<node>:<path>`. Raises OSError when that cannot be had."""
+        """A copy of another node's file, `<node>:<path>`, which the caller removes. Raises OSError when that
+        cannot be had.
+        """
         node, _, path = where.partition(":")
         if node not in self.vaults:
             raise FileNotFoundError(f"{where}: its node is lost, or none of this run")
-        copy = Path(self.folder) / f"{node}-{Path(path).name}.copy"
+        # ranks of this node may fetch the same
+        copy = Path(self.folder) / f"{node}-{Path(path).name}.{os.getpid()}.copy"
         try:
             with open(copy, "wb") as file:
                 while data := ray.get(
@@ -69,8 +77,10 @@ class Memory:
                 ):
                     file.write(data)
         except RayTaskError as error:
+            copy.unlink()
             raise OSError(f"{where}: {error.cause}") from None
         except (RayActorError, GetTimeoutError) as error:
+            copy.unlink()
             raise OSError(f"{where}: its node does not answer ({type(error).__name__})") from None
         return copy
 

@@ -1,17 +1,21 @@
 """From a rank to the controller: lines are queued on the step path and pushed in batches by a thread of their
 own.
+
+While a lost controller is started again they wait here, in order and numbered: the new one says which it has.
 """
 
 import threading
+import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from ..runtime.journal import EventKind
 
 PUSH_EVERY_S = 0.2  # how stale the progress line may be
-FLUSH_TIMEOUT_S = 60.0  # a controller that does not answer this long is gone, and Ray ends its workers
+PUSH_AGAIN_S = 0.2  # between attempts while there is no controller
+FLUSH_TIMEOUT_S = 60.0  # a controller is back within seconds, on a busy machine within half of this
 
 
 class EpochOver(OSError):
@@ -74,7 +78,7 @@ class Outbox:
 
     def _push(self, lines: list[tuple[str, dict[str, Any]]]) -> OSError | None:
         try:
-            taken = ray.get(self._controller.record.remote(lines, self._epoch), timeout=FLUSH_TIMEOUT_S)
+            taken = self._record(lines)
         except RayTaskError as error:
             return OSError(f"the record of the run cannot be written: {error.cause}")
         except (RayActorError, GetTimeoutError) as error:
@@ -87,6 +91,21 @@ class Outbox:
             self._pushed += len(lines)
             self._changed.notify_all()
         return None
+
+    def _record(self, lines: list[tuple[str, dict[str, Any]]]) -> bool:
+        """Whether the controller heard these lines; waits for one that is being started again."""
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while True:
+            told = self._controller.record.remote(
+                lines, epoch=self._epoch, rank=self._rank, number=self._pushed
+            )
+            try:
+                heard: bool = ray.get(told, timeout=FLUSH_TIMEOUT_S)
+                return heard
+            except ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(PUSH_AGAIN_S)
 
     def _tell(self, what: str, values: dict[str, Any]) -> None:
         with self._changed:

@@ -14,6 +14,7 @@ SPOKEN = {  # events worth a line of their own
     "fault": "{class}: {message}",
     "remedy": "{sentence}",
     "resized": "{sentence}",
+    "preempted": "{sentence}",
 }
 
 

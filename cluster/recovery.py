@@ -17,8 +17,10 @@ from ..runtime.plan import RunPlan, load_of
 _KINDS: dict[str, FaultKind] = {
     "died": "died",
     "stopped": "stopped",
+    "stuck": "stuck",
     "silent": "hang",
     "exception": "exception",
+    "oom": "oom",
 }
 
 
@@ -69,12 +71,17 @@ def fault_of(
         kind, ranks = ("stopped" if kind == "stopped" else "died"), gone
     node = next((nodes[rank] for rank in ranks if nodes[rank] in lost_nodes), "")
     first = next((failure for failure in failures if failure.rank in verdict.ranks), None)
-    exception = kind == "exception" and first is not None
+    exception = kind in ("exception", "oom") and first is not None
+    signature = ""
+    if first is not None and exception:
+        signature = signature_of(first.kind, first.message, first.frames)
+    if first is not None and kind == "stuck":  # for how long, which its message says, is of the moment
+        signature = f"in {first.frames[-1]}"
     return Fault(
         kind="node" if node else kind,
         ranks=tuple(ranks),
         step=verdict.step,
-        signature=signature_of(first.kind, first.message, first.frames) if exception and first else "",
+        signature=signature,
         traceback=first.traceback if exception and first else "",
         node=node,
         homes=dict(enumerate(nodes)),
@@ -118,7 +125,7 @@ def hopeless(verdict: Verdict, fault: Fault, *, world_size: int) -> Stop | None:
     """Stop when every rank of several raised the same: that follows from the data or the model, and comes
     back.
     """
-    if fault.kind == "exception" and world_size > 1 and len(verdict.ranks) == world_size:
+    if fault.kind in ("exception", "oom") and world_size > 1 and len(verdict.ranks) == world_size:
         return Stop(sentence="all ranks raised the same exception, so it would come again")
     return None
 

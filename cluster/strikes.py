@@ -4,6 +4,7 @@ None where it could not.
 
 import contextlib
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from ..faulttol.header import (
     Record,
     Words,
 )
+from ..runtime.checkpoint.shelf import Shelf
 from .reaper import memory_folder
-from .watch import state_of
+from .watch import state_of, thread_state
 
 CATCH_S = 0.2  # on the lookout for a moment within a step before the record is looked at again
 FREEZE_S = 0.05  # the kernel halts a process within microseconds, unless the machine is very busy
@@ -35,11 +37,57 @@ def flip_bit(slots: Sequence[Path], draw: int) -> dict[str, Any] | None:
         return None
     step, path, record = max(whole, key=lambda one: one[:2])
     bit = draw % (8 * record.used)
-    with open(path, "rb+", buffering=0) as file:
-        at = HEADER_BYTES + bit // 8
-        done = {"time_unix": time.time(), "file": str(path), "of_step": step, "byte": at, "bit": bit % 8}
-        os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, at)[0] ^ 1 << bit % 8]), at)
-    return done
+    return {**_flip(path, HEADER_BYTES + bit // 8, bit % 8), "of_step": step}
+
+
+def cut_slot(slots: Sequence[Path], draw: int) -> dict[str, Any] | None:
+    """Cut the newest whole slot off somewhere in its data; None where there is no whole slot."""
+    whole = [(record.step, path, record) for path in slots if (record := _whole(path)) is not None]
+    if not whole:
+        return None
+    step, path, record = max(whole, key=lambda one: one[:2])
+    return {**_cut(path, HEADER_BYTES + draw % record.used), "of_step": step}
+
+
+def damage_checkpoint(checkpoints: Path, draw: int, *, cut: bool) -> dict[str, Any] | None:
+    """Cut a file of the newest checkpoint off, or flip one of its bits; None where there is no checkpoint."""
+    files = data_files(checkpoints)
+    if not files:
+        return None
+    path = files[draw % len(files)]
+    if cut:
+        return _cut(path, draw % path.stat().st_size)
+    bit = draw % (8 * path.stat().st_size)
+    return _flip(path, bit // 8, bit % 8)
+
+
+def data_files(checkpoints: Path) -> list[Path]:
+    """The files with the bytes of the newest checkpoint; none where there is no checkpoint."""
+    shelf = Shelf(checkpoints, keep=1)
+    newest = shelf.steps()[:1]
+    return [path for step in newest for path in sorted(shelf.path(step).glob("*.bin")) if path.stat().st_size]
+
+
+def limit_files(pids: Sequence[int], nbytes: int) -> dict[str, Any] | None:
+    """Let processes write no file beyond `nbytes`, as on a disk without room; None where all are gone.
+
+    Files in memory that they have mapped are none that they write to. The limit goes with the process.
+    """
+    at, hit = time.time(), []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (nbytes, most))
+            hit.append(pid)
+    return {"time_unix": at, "pids": hit, "bytes": nbytes} if hit else None
+
+
+def lift_limit(pids: Sequence[int]) -> None:
+    """Let processes write files of any size again."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
 
 
 def title_of(pid: int) -> str:
@@ -48,6 +96,19 @@ def title_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def _flip(path: Path, byte: int, bit: int) -> dict[str, Any]:
+    done = {"time_unix": time.time(), "file": str(path), "byte": byte, "bit": bit}
+    with open(path, "rb+", buffering=0) as file:
+        os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, byte)[0] ^ 1 << bit]), byte)
+    return done
+
+
+def _cut(path: Path, nbytes: int) -> dict[str, Any]:
+    done = {"time_unix": time.time(), "file": str(path), "bytes": nbytes, "of_bytes": path.stat().st_size}
+    os.truncate(path, nbytes)
+    return done
 
 
 def _whole(slot: Path) -> Record | None:
@@ -115,13 +176,6 @@ def _halted(pid: int) -> bool:
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             threads = os.listdir(f"/proc/{pid}/task")
-            if all(_thread_state(pid, thread) in ("T", "") for thread in threads):
+            if all(thread_state(pid, int(thread)) in ("T", "") for thread in threads):
                 return bool(state_of(pid)[0])
     return False
-
-
-def _thread_state(pid: int, thread: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""

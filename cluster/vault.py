@@ -1,46 +1,52 @@
 """One actor on each node that has workers: it keeps the node's files of state and watches its processes.
 
-It belongs to the run and not to the controller, since what it keeps must be cleaned up when the controller
-dies; it looks for that itself. In an embedded session the reaper has the last word.
+It belongs to the run and not to the controller, which may be lost and started again, and it cleans up when
+there is none any more (`lifeline.py`). In an embedded session the reaper has the last word.
 """
 
 import contextlib
 import os
 import secrets
 import shutil
-import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..faulttol.config import SnapshotConfig
+from ..faulttol.listing import Listed
+from ..faulttol.placement import Node, memory_factor, protection_for
+from ..faulttol.stuck import Seen
 from .home import Home
+from .keeper import GROUPS, Keeper
+from .lifeline import Lifeline
+from .machine import machine_bytes
 from .memory import Memory, lock_of
+from .pulse import Pulse
 from .reaper import memory_folder
-from .watch import Notice, Watch
+from .watch import Notice, Watch, seen_of
 
-CONTROLLER_LOOK_S = 2.0  # between looks at whether there still is a controller
-SILENT_S = 5.0  # a vault answers in milliseconds; a node that does not for this long is taken for lost
+CLOSE_S = 5.0  # removing files in memory takes milliseconds a gigabyte
+ZONE_LABELS = ("zone", "ray.io/availability-zone")  # of a node: what is lost together with it
 
 
-class VaultActor:
+class VaultActor(Keeper):
     """Watches the processes of its node and keeps `folder`, the node's part of the run's memory."""
 
-    def __init__(self, home: Home, folder: str, controller: Any) -> None:
+    def __init__(self, home: Home, folder: str, controller: Any, run: str, share: float) -> None:
         home.enter()
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        path = Path(folder)
+        super().__init__(path, run=run, node=path.name, budget=int(share * machine_bytes()))
+        path.mkdir(parents=True, exist_ok=True)
         self._controller = controller
         self._myself = ray.get_runtime_context().current_actor
         self._pids: set[int] = set()
         self._watch = Watch(self._tell)
-        self._closed = threading.Event()
-        threading.Thread(target=self._outlive, name="controller", daemon=True).start()
+        self._lifeline = Lifeline(controller, self._end_alone)
 
+    @ray.method(concurrency_group="serve")
     def read(self, path: str, start: int, length: int) -> bytes:
         """A part of one of the node's files, for a rank on another node; less, or nothing, at its end."""
         if Path(path).parent != self._folder:
@@ -58,32 +64,33 @@ class VaultActor:
         """The processes that are watched; empty in a vault that Ray has started again."""
         return self._pids
 
+    def seen(self, pid: int) -> Seen:
+        """As `watch.seen_of`."""
+        return seen_of(pid)
+
     def kill(self, pid: int) -> float | None:
         """As `Watch.end`: end a process of this node that may answer nobody."""
         self._pids.discard(pid)
         return self._watch.end(pid)
 
-    def close(self) -> None:
-        """Stop watching and remove the node's files."""
-        self._closed.set()
+    def close(self, lost: Collection[str] = ()) -> None:
+        """Stop watching and remove the node's files, and those of `lost` nodes that were on this machine."""
+        self._lifeline.close()
         self._watch.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        lock_of(self._folder).unlink(missing_ok=True)
+        for folder in (self._folder, *(self._folder.with_name(name) for name in lost)):
+            shutil.rmtree(folder, ignore_errors=True)
+            lock_of(folder).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other nodes of a run may be on the same machine
             self._folder.parent.rmdir()
 
     def _tell(self, notice: Notice) -> None:
         self._controller.notice.remote(notice)
 
-    def _outlive(self) -> None:
-        while not self._closed.wait(CONTROLLER_LOOK_S):
-            try:
-                ray.get(self._controller.answers.remote(), timeout=CONTROLLER_LOOK_S)
-            except RayActorError:
-                self.close()
-                ray.kill(self._myself)  # an exit would have Ray start it again
-            except (GetTimeoutError, RayTaskError):
-                continue  # busy
+    def _end_alone(self) -> None:
+        for pid in list(self._pids):
+            self._watch.end(pid)  # one that is stopped cannot end itself
+        self.close()
+        ray.kill(self._myself)  # an exit would have Ray start it again
 
 
 class Vaults:
@@ -101,21 +108,44 @@ class Vaults:
         self._folder = Path(memory_folder(self._run))
         self._actors: dict[str, Any] = {}
         self._pids: dict[str, set[int]] = {}
-        self._asked: dict[str, Any] = {}  # node -> a question under way
-        self._since: dict[str, float] = {}
+        self._pulse = Pulse()
+        self._lost: set[str] = set()
+        self._nodes: list[Node] = []
+        self._several = False  # whether the run has ever been on more than one node
+        self.slots = config.slots_on(1)  # of each rank, as they were told last
 
-    def memory(self, node: str, *, recorded: int) -> Memory:
-        """What a rank on `node` is told."""
-        folder = str(self._folder / node[:16])
+    def memory(self, node: str, *, recorded: int, elsewhere: Sequence[Listed] = ()) -> Memory:
+        """What a rank on `node` is told; `elsewhere` are images on nodes without ranks."""
+        self._several = self._several or len(self._actors) > 1
+        self.slots = self._config.slots_on(2 if self._several else 1)
+        groups = protection_for(self.nodes()) if self.slots > 2 else []
+        beside = next((memory_factor(g) - 1 for g in groups if node_name(node) in g.ids), 0.0)
         return Memory(
             run=self._run,
-            node=node[:16],
-            folder=folder,
-            slots=self._config.slots,
+            node=node_name(node),
+            folder=str(self._folder / node_name(node)),
+            slots=self.slots,
             share=self._config.memory_share,
+            beside=beside,
             recorded=recorded,
-            vaults={name[:16]: actor for name, actor in self._actors.items()},
+            vaults=self.actors(),
+            elsewhere=tuple(elsewhere),
         )
+
+    def actors(self) -> dict[str, Any]:
+        """The vaults by the names that nodes have among themselves."""
+        return {node_name(node): actor for node, actor in list(self._actors.items())}  # threads ask
+
+    def nodes(self) -> list[Node]:
+        """The nodes with a vault, and their zones."""
+        nodes = list(self._actors)
+        if {node.id for node in self._nodes} != {node_name(node) for node in nodes}:
+            labels = {each["NodeID"]: each.get("Labels") or {} for each in ray.nodes()}
+            self._nodes = [
+                Node(node_name(node), next((of[key] for key in ZONE_LABELS if key in of), ""))
+                for node, of in ((node, labels.get(node, {})) for node in nodes)
+            ]
+        return self._nodes
 
     def follow(self, node: str, pid: int) -> None:
         """Watch a process; starts the vault of a node that has none."""
@@ -130,36 +160,43 @@ class Vaults:
         self._pids.get(node, set()).discard(pid)
         return self._actors[node].kill.remote(pid) if node in self._actors else None
 
-    def silent(self, now: float) -> list[str]:
-        """Ask every vault whether it is there, without waiting; nodes that have not answered for `SILENT_S`.
+    def seen(self, node: str, pid: int) -> Any:
+        """A reference to what the kernel there says of a process; None where the node has no vault."""
+        return self._actors[node].seen.remote(pid) if node in self._actors else None
+
+    def silent(self, now: float, ranks: Mapping[str, Sequence[Any]]) -> list[str]:
+        """Nodes of which nobody answers any more, by `Pulse`; `ranks` are the workers on each.
 
         The controller's own node cannot be lost without it. A vault that was started again follows anew.
         """
-        lost = []
-        for node, actor in self._actors.items():
-            asked = self._asked.get(node)
-            if asked is None:
-                self._asked[node], self._since[node] = actor.following.remote(), now
-                continue
-            if not ray.wait([asked], timeout=0)[0]:
-                if node != self._own_node and now - self._since[node] > SILENT_S:
-                    lost.append(node)
-                continue
-            del self._asked[node]
-            with contextlib.suppress(RayActorError, RayTaskError):  # being started again, or its node is gone
-                if missing := self._pids[node] - ray.get(asked):
-                    actor.follow.remote(sorted(missing))
-        return lost
+        others = {node: actor for node, actor in self._actors.items() if node != self._own_node}
+        lost, watched = self._pulse.look(now, self._actors, ranks)
+        for node, pids in watched.items():
+            if missing := self._pids.get(node, set()) - pids:
+                self._actors[node].follow.remote(sorted(missing))
+        return [node for node in lost if node in others]
+
+    def in_doubt(self) -> bool:
+        """Whether a node may turn out to be lost."""
+        return self._pulse.in_doubt(node for node in self._actors if node != self._own_node)
+
+    def heard_since(self, node: str, since: float) -> bool:
+        """Whether somebody on the node has answered after that time, or the node is not asked."""
+        return node not in self._actors or node == self._own_node or self._pulse.heard_since(node, since)
 
     def lose(self, node: str) -> None:
-        """Forget a node that is gone."""
-        for known in (self._actors, self._pids, self._asked, self._since):
-            known.pop(node, None)
+        """Forget a node that is gone; should it only have been cut off, its vault ends when it is back."""
+        actor = self._actors.pop(node, None)
+        if actor is not None:
+            ray.kill(actor)
+        self._pids.pop(node, None)
+        self._pulse.forget(node)
+        self._lost.add(node_name(node))
 
     def close(self) -> None:
         """Remove the files of all nodes and end the vaults."""
-        closing = [actor.close.remote() for actor in self._actors.values()]
-        ray.wait(closing, num_returns=len(closing), timeout=SILENT_S) if closing else None
+        closing = [actor.close.remote(sorted(self._lost)) for actor in self._actors.values()]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S) if closing else None
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors.clear()
@@ -170,12 +207,21 @@ class Vaults:
             "max_restarts": -1,
             "max_task_retries": 0,
             "lifetime": "detached",  # not owned by the controller, whose end must not leave files behind
-            "name": f"{self._run}-{node[:16]}",
+            "name": f"{self._run}-{node_name(node)}",
+            "get_if_exists": True,  # a controller that is started again finds those of its run
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            "concurrency_groups": GROUPS,
         }
         actor = ray.remote(**options)(VaultActor)
         return actor.remote(
             self._home,
-            str(self._folder / node[:16]),
+            str(self._folder / node_name(node)),
             self._controller,
+            self._run,
+            self._config.memory_share,
         )
+
+
+def node_name(node: str) -> str:
+    """What nodes are called among themselves and their folders: enough of Ray's id to tell them apart."""
+    return node[:16]

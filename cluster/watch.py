@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..faulttol.stuck import Seen
+
 LOOK_EVERY_S = 0.05  # a tenth of what a whole recovery takes
+GLANCES, GLANCE_EVERY_S = 4, 0.011  # not in step with the 5 ms in which Python's threads take turns
 STOPPED_AFTER_S = 0.5  # shorter stops are debuggers and profilers at work
 
 
@@ -112,6 +115,38 @@ def state_of(pid: int) -> tuple[str, str]:
     except OSError:
         return "", ""
     return fields[0], fields[19]
+
+
+def seen_of(pid: int) -> Seen:
+    """What the kernel tells of a process as a whole; it is asked nothing. Takes `GLANCES * GLANCE_EVERY_S`.
+
+    A thread wants a processor if it does at every glance: one that waits for the interpreter looks after it
+    two hundred times a second.
+    """
+    wanting: set[str] | None = None
+    try:
+        for _ in range(GLANCES):
+            threads = {
+                thread for thread in os.listdir(f"/proc/{pid}/task") if thread_state(pid, int(thread)) == "R"
+            }
+            wanting = threads if wanting is None else wanting & threads
+            time.sleep(GLANCE_EVERY_S)
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return Seen("", 0.0)
+    ticks = int(fields[11]) + int(fields[12])  # utime and stime
+    state = "S" if fields[0] == "R" else fields[0]  # of its first thread, which may run just now
+    return Seen("R" if wanting else state, ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def thread_state(pid: int | str, thread: int) -> str:
+    """The state letter of one thread; empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def watching_works() -> bool:

@@ -1,11 +1,15 @@
 """The actor around one rank: a training call that lasts as long as an epoch of the run, and control calls
 that answer beside it.
 
+It needs no controller to train. How its training ended it keeps until one has taken it, and it ends when
+there is none any more (`lifeline.py`).
+
 An epoch ends for all ranks when one is lost: `leave` breaks their connections, so that `train` returns
 whatever it was waiting for; then they `join` the next epoch and train again in the same process. The
 controller names this class without importing torch; the actor's own process imports it, as early as it can.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -16,13 +20,17 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from ..faulttol.stuck import Told
 from ..faulttol.verdict import failure_of
 from ..runtime.config import check_config
 from ..runtime.plan import make_run_plan
 from .home import Home
+from .lifeline import Lifeline
 from .memory import Memory
 from .outbox import EpochOver, Outbox
+from .sight import sight
 from .sockets import break_connections_to, break_gloo
 
 if TYPE_CHECKING:
@@ -56,8 +64,11 @@ class Seat:
 class Worker:
     """One rank of a run. `train` occupies the actor; the methods of the group "control" answer meanwhile."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, controller: Any, group: str) -> None:
+        """`group` is the name of the run's placement group."""
         home.enter()
+        self._group = group
+        self._lifeline = Lifeline(controller, self._end_alone)
         import torch  # noqa: F401 (seconds of imports, done while the controller waits for other workers)
 
         from ..runtime import trainer  # noqa: F401
@@ -70,6 +81,8 @@ class Worker:
         self._port = 0
         self._left = 0  # the last epoch that this process was told to leave
         self._busy = threading.Lock()  # held while it trains or joins
+        self._thread: tuple[int, int] | None = None  # that trains: its id in Python, and the kernel's
+        self._end: tuple[int, dict[str, Any]] | None = None  # of the last epoch that it trained in
 
     @ray.method(concurrency_group="control")
     def place(self) -> Place:
@@ -112,36 +125,44 @@ class Worker:
         self, *, epoch: int, rank: int, plan: dict[str, Any], controller: Any, memory: Memory | None
     ) -> dict[str, Any]:
         """Train to the end of the run or of the epoch; returns an outcome, a failure, or that it left, as
-        plain values, and raises nothing of the user's.
+        plain values, and raises nothing of the user's. Asked again in the same epoch, by a controller that
+        was started again, it waits for the end and returns that.
         """
+        with self._busy:
+            if epoch <= self._left:
+                return {"left": epoch}
+            if self._end is None or self._end[0] != epoch:
+                self._end = epoch, self._train(epoch, rank, plan, controller, memory)
+            return self._end[1]
+
+    def _train(
+        self, epoch: int, rank: int, plan: dict[str, Any], controller: Any, memory: Memory | None
+    ) -> dict[str, Any]:
         from ..runtime.place import Warm
         from ..runtime.trainer import Trainer
 
         config = check_config(plan)
         gpus = int(config.run.device == "cuda")
-        with self._busy:
-            if epoch <= self._left:
+        self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch)
+        self._warm = self._warm or Warm()
+        self._trainer = Trainer(
+            make_run_plan(config, cpus=1, gpus=gpus),
+            outbox,
+            self._stop,
+            place=memory.place(epoch) if memory is not None else None,
+            warm=self._warm if memory is not None else None,
+        )
+        self._thread = threading.get_ident(), threading.get_native_id()
+        try:
+            return {"outcome": asdict(self._trainer.run())}
+        except BaseException as error:  # whatever the user's code raises, sys.exit too, becomes the verdict
+            failure = failure_of(error, rank=rank, step=self._trainer.step, time_unix=time.time())
+            if epoch <= self._left and (failure.lost_peer or isinstance(error, EpochOver)):
                 return {"left": epoch}
-            self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch)
-            self._warm = self._warm or Warm()
-            self._trainer = Trainer(
-                make_run_plan(config, cpus=1, gpus=gpus),
-                outbox,
-                self._stop,
-                place=memory.place(epoch) if memory is not None else None,
-                warm=self._warm if memory is not None else None,
-            )
-            try:
-                return {"outcome": asdict(self._trainer.run())}
-            except (
-                BaseException
-            ) as error:  # whatever the user's code raises, sys.exit too, becomes the verdict
-                failure = failure_of(error, rank=rank, step=self._trainer.step, time_unix=time.time())
-                if epoch <= self._left and (failure.lost_peer or isinstance(error, EpochOver)):
-                    return {"left": epoch}
-                return {"failure": asdict(failure)}
-            finally:
-                outbox.close()
+            return {"failure": asdict(failure)}
+        finally:
+            self._thread = None
+            outbox.close()
 
     @ray.method(concurrency_group="control")
     def leave(self, epoch: int) -> None:
@@ -164,9 +185,25 @@ class Worker:
         return {"step": trainer.step, "phase": trainer.phase} if trainer else {"step": 0, "phase": "starting"}
 
     @ray.method(concurrency_group="control")
+    def sight(self) -> Told:
+        """Where the thread that trains is right now."""
+        trainer, thread = self._trainer, self._thread
+        if trainer is None or thread is None:
+            return Told(step=0, phase="idle")
+        return sight(*thread, step=trainer.step, phase=trainer.phase)
+
+    @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Ask the run to stop after the step it is in."""
         self._stop.set()
+
+    def _end_alone(self) -> None:
+        """Give its place back and end: there is no controller that would."""
+        try:
+            with contextlib.suppress(ValueError):  # another rank was faster
+                remove_placement_group(get_placement_group(self._group))
+        finally:
+            os._exit(1)
 
 
 def _break_groups() -> None:

@@ -42,6 +42,7 @@ every = 4
 # A user's own model that takes its time, so that a test can act at a known step.
 PACED = '''
 """A model of a user's own that counts its training steps and can be told to misbehave."""
+import ctypes
 import os
 import time
 
@@ -73,6 +74,15 @@ class Paced(nn.Module):
 
 
 def make_trouble(kind):
+    if kind.endswith("_once"):
+        kind = kind.removesuffix("_once")
+        if os.path.exists(kind):
+            return
+        open(kind, "w").close()
+    if kind == "lock":
+        ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter
+    if kind == "hog":
+        torch.empty(1 << 50)
     if kind == "raise":
         raise ArithmeticError("the flux capacitor is empty")
     if kind == "sleep":

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import Bench, lines
+from commands import Bench, events, lines
 
 STEPS = 40
 PHASES = ("detect", "decide", "fence", "regroup", "restore", "catch_up")
@@ -28,6 +28,13 @@ KILL = 'kind = "kill"\nat_step = 3'
         (('kind = "kil"\nat_step = 3',), (), 'fault[0].kind: is "kil"; nearest: "kill"'),
         ((KILL, 'kind = "preempt"\nat_step = 3'), (), "fault[1].kind: preempt cannot be injected"),
         (('kind = "exception"\nat_step = 3',), (), "a model of your own"),
+        (('kind = "stuck"\nat_step = 3',), (), "stuck cannot be injected"),
+        (
+            ('kind = "disk_full"\nat_step = 3',),
+            ("checkpoint.every=3",),
+            "set checkpoint.every to less than 3",
+        ),
+        (('kind = "flip_checkpoint"\nevery_s = 3',), ("checkpoint.every=0",), "checkpoint.every = 0"),
         (('kind = "kill_node"\nat_step = 3',), (), "kill_node cannot be injected"),
         (('kind = "kill"\nat_step = [3, 8]',), (), "use at most 7, or run.steps=9"),
         (
@@ -102,3 +109,64 @@ def test_a_kill_with_a_spare_is_injected_borne_and_reported(bench: Bench, small:
     assert ended.status == (0 if killed["kept"] else 1), ended.err
     assert "1 were never injected" in ended.out
     assert lines(run_dir / "metrics.jsonl")[-1]["step"] == STEPS
+
+
+# what is injected, how many epochs the run has then, and the class of the fault that it tells
+KINDS = [
+    ("stale", 2, None),
+    ("truncate", 2, None),
+    ("flip_checkpoint", 1, None),
+    ("truncate_checkpoint", 1, None),
+    ("disk_full", 1, "disk"),
+]
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+@pytest.mark.parametrize(("kind", "epochs", "told"), KINDS, ids=[kind for kind, *_ in KINDS])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_kind_of_injury_keeps_its_promise(
+    bench: Bench, small: Path, run_dir: Path, kind: str, epochs: int, told: str | None, seed: int
+) -> None:
+    """Each alone: what it promises, the record without a hole, and a run that can be gone on with."""
+    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = [12, 30]')
+    options = (f"run.steps={STEPS}", "checkpoint.every=10", "snapshot.spares=1", "--seed", str(seed))
+    ended = bench.run("chaos", faults, small, *options)
+    report = json.loads((run_dir / "chaos.json").read_text())
+    (fault,) = report["faults"]
+    assert report["status"] == "finished", ended.err
+    assert fault["kept"] is not None, fault
+    assert all(problem.startswith(LATE) for problem in fault["problems"]), fault
+    assert len(events(run_dir, "formed")) == epochs
+    steps = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "attempt" not in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [fault["class"] for fault in events(run_dir, "fault")] == ([told] if told else [])
+    if told:
+        assert "a checkpoint could not be written, the one before still stands" in fault["outcome"]["alarm"]
+        standing = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        assert "step-00000040" in standing, "there was room again"
+        assert len(standing) < 4
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", ["flip_checkpoint", "truncate_checkpoint"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(
+    bench: Bench, small: Path, run_dir: Path, kind: str
+) -> None:
+    """A flipped bit or a lost tail is never trained on."""
+    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = 35')
+    options = ("run.steps=38", "checkpoint.every=10", "snapshot.spares=0")
+    assert bench.run("chaos", faults, small, *options).status == 0
+    (injected,) = lines(run_dir / "chaos.jsonl")
+    damaged = Path(injected["file"])
+    assert damaged.parent.name == "step-00000030"
+    last = run_dir / "checkpoints" / "step-00000038"
+    last.rename(last.with_name("step-00000038.deleting"))
+    ended = bench.run("train", small, "run.steps=40", "checkpoint.every=10", "snapshot.spares=0")
+    assert ended.status == 0, ended.err
+    faults = events(run_dir, "fault")
+    assert {fault["class"] for fault in faults} == {"damaged_checkpoint"}
+    assert str(damaged) in faults[0]["message"]
+    assert ("CRC-32" if kind == "flip_checkpoint" else "cut short") in faults[0]["message"]
+    assert events(run_dir, "restored")[-1]["from_step"] == 20

@@ -14,12 +14,12 @@ from commands import Bench
 
 from rayfold.cluster import outbox as outbox_module
 from rayfold.cluster import reaper
-from rayfold.cluster.controller import TRANSITIONS, State
 from rayfold.cluster.deaths import describe
 from rayfold.cluster.interrupts import Interrupts, StoppedAtOnce
 from rayfold.cluster.outbox import EpochOver, Outbox
 from rayfold.cluster.reaper import session_processes
 from rayfold.cluster.session import ray_session
+from rayfold.cluster.states import TRANSITIONS, State
 
 EPOCH = 3
 ENDS = {State.FINISHED, State.STOPPED, State.FAILED}
@@ -88,7 +88,7 @@ def listener(*, delay_s: float = 0.0, fails: bool = False) -> Any:
         def __init__(self) -> None:
             self.heard: list[Any] = []
 
-        def record(self, lines: list[Any], epoch: int) -> bool:
+        def record(self, lines: list[Any], *, epoch: int, rank: int, number: int) -> bool:
             time.sleep(delay_s)
             if fails:
                 raise OSError("No space left on device")

@@ -1,5 +1,6 @@
 """A running Ray cluster that the command joins: it trains there, gives everything back and stops nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import RUN_TIMEOUT_S, Bench, events, free_port, lines, reached, wait_until
+from commands import RUN_TIMEOUT_S, Bench, command_line, events, free_port, lines, reached, wait_until
+
+from rayfold.cluster.controller import controller_name
 
 FIGURES = ("step", "loss", "tokens_per_second", "step_seconds", "grad_norm", "learning_rate", "memory_bytes")
 CPUS = 4
@@ -58,8 +61,8 @@ class Head:
 
     def workers(self) -> list[int]:
         """Processes of ranks, controllers and vaults that are alive on the cluster."""
-        titles = ("ray::Worker", "ray::Controller", "ray::VaultActor")
-        return [pid for title in titles for pid in self._bench.pids(title)]
+        kinds = ("Worker", "Controller", "VaultActor")  # behind the name of an actor that has one
+        return [pid for pid in self._bench.pids("ray::") if any(kind in command_line(pid) for kind in kinds)]
 
     def metrics(self) -> str:
         """What Prometheus would read from the node."""
@@ -127,17 +130,90 @@ def test_two_runs_share_a_cluster_show_their_figures_and_leave_it_as_it_was(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.campaign)])
-def test_a_killed_command_gives_its_part_of_the_cluster_back(
-    bench: Bench, head: Head, paced: Path, run_dir: Path, number: signal.Signals
+@pytest.mark.timeout(600)  # two runs and a cluster, on a machine that may be busy
+def test_a_run_outlives_its_command_and_the_same_command_finds_it_again(
+    bench: Bench, head: Head, paced: Path, run_dir: Path
 ) -> None:
-    """Without a reaper on the cluster's machines, Ray itself must end what the command owned."""
-    command = bench.start("train", paced, join(bench, head), "model.pause_s=0.1", "run.steps=1000")
+    """The run is the cluster's: a closed laptop does not end it, and who comes back sees it and stops it."""
+    options = (join(bench, head), "model.pause_s=0.05", "checkpoint.every=0", "run.start_timeout_s=200")
+    command = bench.start("train", paced, *options, "run.steps=2000")
+    reached(run_dir, 2)
+    command.kill()
+    command.wait(10)
+    refused = bench.run("train", paced, *options, "run.steps=3000", "optim.lr=0.5", timeout_s=60)
+    assert refused.status == 2
+    assert "run.steps is 2000 there and 3000 here" in refused.err
+    assert "optim.lr is 0.01 there and 0.5 here" in refused.err
+    local = bench.run("train", paced, "model.pause_s=0.05", timeout_s=90)
+    assert local.status == 2, "two controllers would write one record"
+    assert "a run goes on there that was started on a Ray cluster" in local.err
+    at = lines(run_dir / "metrics.jsonl")[-1]["step"]
+    again = bench.start("train", paced, *options, "run.steps=2000")
+    wait_until(lambda: "the run is under way, after step" in again.shown(), 60, "the view of the run")
+    reached(run_dir, at + 2)
+    again.process.send_signal(signal.SIGINT)
+    ended = again.wait(60)
+    assert ended.status == 0, ended.err
+    stopped = json.loads((run_dir / "summary.json").read_text())
+    assert (stopped["status"], stopped["restarts"]) == ("stopped", 0)
+    assert len(events(run_dir, "run_started")) == 1
+    wait_until(lambda: not head.workers(), 20, "the end of the run's processes")
+
+    steps = stopped["steps"] + 60  # nobody will be there to see the last of them
+    command = bench.start("train", paced, *options, f"run.steps={steps}")
+    reached(run_dir, stopped["steps"] + 2)
+    command.kill()
+    command.wait(10)
+    wait_until(lambda: len(events(run_dir, "run_finished")) == 2, 60, "the end of the run")
+    wait_until(lambda: not head.workers(), 30, "the end of the run's processes")
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+    assert [line["step"] for line in lines(run_dir / "metrics.jsonl")] == list(range(1, steps + 1))
+    wait_until(lambda: is_free(head), 30, "all resources free again")
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+@pytest.mark.parametrize("how", ["two signals", "controller"])
+def test_a_run_that_is_ended_at_once_gives_its_part_of_the_cluster_back(
+    bench: Bench, head: Head, paced: Path, run_dir: Path, how: str
+) -> None:
+    """Nobody owns its processes; they end by themselves when they have no controller any more."""
+    command = bench.start("train", paced, join(bench, head), "model.trouble=sleep", "model.step=3")
     reached(run_dir, 2)
     assert head.workers()
-    command.process.send_signal(number)
-    command.wait(10)
-    wait_until(lambda: not head.workers(), 20, "the end of the run's processes")
+    if how == "controller":
+        command.kill()
+        head.ask(f"ray.kill(ray.get_actor({controller_name(run_dir)!r}, namespace='rayfold'))")
+    else:
+        command.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping after this step" in command.shown(), 10, "the answer to SIGTERM")
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(30).status == 130
+    wait_until(lambda: not head.workers(), 30, "the end of the run's processes")
+    wait_until(lambda: is_free(head), 30, "all resources free again")
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_without_its_command_a_run_still_replaces_its_controller_and_its_ranks(
+    bench: Bench, head: Head, paced: Path, run_dir: Path
+) -> None:
+    """Ray counts the command's job as finished by then, and must start processes for it all the same."""
+    options = (join(bench, head), "model.pause_s=0.05", "run.steps=400", "snapshot.spares=1")
+    options += ("run.start_timeout_s=200",)
+    command = bench.start("train", paced, *options)
+    reached(run_dir, 2)
+    command.kill()
+    (controller,) = [pid for pid in head.workers() if "Controller" in command_line(pid)]
+    os.kill(controller, signal.SIGKILL)
+    wait_until(lambda: events(run_dir, "fault"), 60, "another controller")
+    os.kill(events(run_dir, "formed")[0]["pids"][0], signal.SIGKILL)
+    wait_until(lambda: len(events(run_dir, "formed")) == 2, 60, "ranks that form again")
+    wait_until(lambda: events(run_dir, "run_finished"), 120, "the end of the run")
+    steps = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "attempt" not in line]
+    assert steps == list(range(1, 401))
+    wait_until(lambda: not head.workers(), 30, "the end of the run's processes")
     wait_until(lambda: is_free(head), 30, "all resources free again")
 
 

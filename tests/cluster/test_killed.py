@@ -138,14 +138,13 @@ def test_killing_the_command_alone_ends_all_that_it_started(bench: Bench, paced:
 
 # Titles as Ray gives them to its processes, and what the command says of the loss of each.
 PROCESSES = {
-    "controller": "ray::Controller",
     "raylet": "raylet/raylet",
     "gcs": "gcs/gcs_server",
 }
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("what", ["controller", "gcs", pytest.param("raylet", marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("what", ["gcs", pytest.param("raylet", marks=pytest.mark.campaign)])
 def test_losing_a_process_of_the_runtime_ends_the_run_with_a_sentence(
     bench: Bench, paced: Path, run_dir: Path, what: str
 ) -> None:

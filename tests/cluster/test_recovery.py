@@ -180,6 +180,21 @@ def test_an_error_that_comes_back_at_the_same_step_ends_the_run_with_its_place(
 
 @pytest.mark.ray
 @pytest.mark.campaign
+def test_a_rank_without_memory_is_replaced(bench: Bench, paced: Path, run_dir: Path) -> None:
+    """Its process keeps what it has allocated, so another try in the same one would meet the same."""
+    options = ("model.trouble=hog_once", "model.rank=1", "model.step=5", "snapshot.spares=1")
+    ended = bench.run("train", paced, *options)
+    assert ended.status == 0, ended.err
+    (verdict,), (remedy,) = events(run_dir, "verdict"), events(run_dir, "remedy")
+    assert (verdict["class"], verdict["ranks"]) == ("oom", [1])
+    assert "rank 1 ran out of memory at step 5: RuntimeError" in verdict["sentence"]
+    assert (remedy["action"], remedy["ranks"]) == ("replace", [1])
+    first, again = events(run_dir, "formed")
+    assert again["pids"] == [first["pids"][0], first["spare_pids"][0]]
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
 def test_a_second_kill_while_the_ranks_recover_is_survived(bench: Bench, paced: Path, run_dir: Path) -> None:
     """Faults come together: the survivor of the first dies while the spare takes over."""
     options = ("model.pause_s=0.05", "checkpoint.every=0", "snapshot.spares=2", "run.steps=100")

@@ -1,6 +1,7 @@
 """What goes into a recovery and what is told of it, as values: no Ray, no processes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ def plan_of(*overrides: str) -> RunPlan:
     return make_run_plan(read_config(None, (*settings, "batch.size=8", *overrides)), cpus=4, gpus=0)
 
 
-def failure(rank: int, kind: str, message: str = "gone") -> Failure:
+def failure(rank: int, kind: str, message: str = "gone", **more: Any) -> Failure:
     """A rank's end at step 7."""
-    return Failure(rank, 7, kind, message, time_unix=float(rank))
+    return Failure(rank, 7, kind, message, time_unix=float(rank), **more)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,9 @@ def failure(rank: int, kind: str, message: str = "gone") -> Failure:
         ([failure(1, "died"), failure(0, "RuntimeError", "Connection closed by peer")], "died", (1,)),
         ([failure(1, "died", "SIGKILL"), failure(3, "died", "SIGSEGV")], "died", (1, 3)),
         ([failure(2, "stopped")], "stopped", (2,)),
+        ([failure(2, "stuck", frames=["a.py:1 (f)"]), failure(3, "stuck")], "stuck", (2, 3)),
         ([failure(2, "ValueError", "no")], "exception", (2,)),
+        ([failure(2, "MemoryError", "no")], "oom", (2,)),
         ([failure(0, "ValueError", "no"), failure(3, "died")], "died", (3,)),
     ],
 )
@@ -41,7 +44,7 @@ def test_those_whose_process_is_gone_are_the_fault(
     """A rank that only lost its peer, or raised and lives, is no rank to replace."""
     fault = fault_of(decide(failures), failures, nodes=NODES, lost_nodes=(), uptime_s=1.0)
     assert (fault.kind, fault.ranks) == (kind, ranks)
-    assert bool(fault.signature) == (kind == "exception")
+    assert bool(fault.signature) == (kind in ("exception", "stuck", "oom"))
 
 
 def test_a_rank_on_a_lost_node_is_the_node_s_fault() -> None:
@@ -106,18 +109,18 @@ def test_only_the_ranks_of_the_present_epoch_are_heard_and_the_restored_event_wa
 ) -> None:
     """A rank that was given up must not write, and how long a fault cost is known when its step is done."""
     far = 2e9  # a time after this test
-    record = Record(tmp_path, "test")
-    assert not record.take_in([line(1, 1.0)], epoch=1), "nothing is formed yet"
+    record = Record(tmp_path, "test", owner="a")
+    assert not record.take_in([line(1, 1.0)], epoch=1, rank=0, number=0), "nothing is formed yet"
     record.begin_epoch(1, {"epoch": 1}, came_unix=None)
-    assert record.take_in([line(1, 1.0), line(2, 2.0)], epoch=1)
+    assert record.take_in([line(1, 1.0), line(2, 2.0)], epoch=1, rank=0, number=0)
     record.begin_recovery(since=2.5)
-    assert record.take_in([line(3, far)], epoch=1), "the last words of the epoch"
+    assert record.take_in([line(3, far)], epoch=1, rank=0, number=2), "the last words of the epoch"
     assert record.recovering
     record.end_epoch()
-    assert not record.take_in([line(4, far)], epoch=1)
+    assert not record.take_in([line(4, far)], epoch=1, rank=0, number=3)
     record.begin_epoch(2, {"epoch": 2}, came_unix=None)
     told = ("event", {"kind": "restored", "step": 2, "from_step": 2})
-    record.take_in([told, line(3, far)], epoch=2)
+    record.take_in([told, line(3, far)], epoch=2, rank=0, number=0)
     assert not record.recovering
     record.finish("finished")
     record.close()

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from rayfold.cluster.inject import Situation
-from rayfold.cluster.strikes import flip_bit, kill_when
+from rayfold.cluster.strikes import (
+    cut_slot,
+    damage_checkpoint,
+    flip_bit,
+    kill_when,
+    lift_limit,
+    limit_files,
+)
 from rayfold.faulttol.campaign import PlannedFault
 from rayfold.faulttol.header import FILLING, DamagedImage
 from rayfold.faulttol.image import Image
@@ -52,6 +59,70 @@ def test_no_bit_is_flipped_where_there_is_no_whole_copy(tmp_path: Path) -> None:
     slot = slot_of_step(tmp_path / "slot", 4)
     slot.begin(BYTES, b"")
     assert flip_bit([slot.path], draw=1) is None
+
+
+def test_a_cut_copy_is_the_newest_and_keeps_its_header(tmp_path: Path) -> None:
+    """Its reader finds that bytes are missing; one that is mapped is gone from under its writer."""
+    older, newer = (slot_of_step(tmp_path / f"slot-{step}", step) for step in (4, 5))
+    done = cut_slot([older.path, newer.path], draw=12345)
+    assert done is not None
+    assert (done["of_step"], done["bytes"]) == (5, newer.path.stat().st_size)
+    with pytest.raises(DamagedImage):
+        Image.open(newer.path).read(0, BYTES)
+    assert Image.open(older.path).step == 4
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_newest_checkpoint_is_damaged_and_no_other(tmp_path: Path, cut: bool) -> None:
+    """One that is being written is none, nor is one being deleted."""
+    for name in ("step-00000010", "step-00000020", "step-00000030.partial", "step-00000005.deleting"):
+        (tmp_path / name).mkdir()
+        for rank in range(2):
+            (tmp_path / name / f"rank-{rank:05d}.bin").write_bytes(bytes(100))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.bin")}
+    done = damage_checkpoint(tmp_path, 12345, cut=cut)
+    assert done is not None
+    (changed,) = [path for path, data in before.items() if path.read_bytes() != data]
+    assert (done["file"], changed.parent.name) == (str(changed), "step-00000020")
+    data = changed.read_bytes()
+    assert len(data) == 45 if cut else sum(byte.bit_count() for byte in data) == 1
+    assert damage_checkpoint(tmp_path / "none", 1, cut=cut) is None
+
+
+def test_a_process_without_room_writes_no_large_file_until_there_is_room(tmp_path: Path) -> None:
+    """As a full disk: an error of its write call, and no signal that ends it."""
+    path = tmp_path / "written"
+    code = (
+        "import sys\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        f"        with open({str(path)!r}, 'wb') as file:\n"
+        "            file.write(bytes(int(line)))\n"
+        "        print('written', flush=True)\n"
+        "    except OSError as error:\n"
+        "        print(error.strerror, flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def write(nbytes: int) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(nbytes, file=process.stdin, flush=True)
+        return process.stdout.readline().strip()
+
+    try:
+        assert write(2000) == "written"
+        assert limit_files([process.pid], 1000) is not None
+        assert [write(500), write(2000)] == ["written", "File too large"]
+        lift_limit([process.pid])
+        assert write(2000) == "written"
+    finally:
+        process.communicate(timeout=10)
+    assert limit_files([process.pid], 1000) is None
 
 
 def test_a_process_is_killed_at_its_moment_and_goes_on_without_one(
