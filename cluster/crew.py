@@ -226,6 +226,17 @@ class Crew:
         self.fleet.add_spares(max(0, wanted - self.fleet.spares_in_all), avoid=self._draining)
         return dead
 
+    def start_anew(self) -> list[Spare]:
+        """New processes for all ranks, when none is left and no spare: their state is in memory still. Waits
+        for them up to `run.start_timeout_s`; with those that are there by then the run may go on.
+        """
+        size = self.plan.layout.world_size
+        self.fleet.add_spares(size - self.fleet.spares_in_all, avoid=self._draining)
+        self.fleet.await_spares(
+            time.monotonic() + self.plan.config.run.start_timeout_s, given_up=lambda: False
+        )
+        return self.spares()
+
     def leaving(self) -> Leaving | None:
         """A node that will be taken away and has ranks, if Ray knows of one; its spares are ended."""
         self._draining = draining_nodes()

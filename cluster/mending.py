@@ -158,10 +158,14 @@ class Mending:
         if not crew.recovers:
             self._record.event("verdict", **verdict.as_event())
             return verdict, fault, Stop(sentence="snapshot.enabled = false")
-        plan, spares = crew.plan, crew.spares()
-        remedy = hopeless(verdict, fault, world_size=plan.layout.world_size) or remedy_for(
-            fault, self.history, layout=plan.layout, spares=spares, legal=legal_of(plan), round=number
-        )
+        plan = crew.plan
+        remedy: Remedy | None = hopeless(verdict, fault, world_size=plan.layout.world_size)
+        if remedy is None:
+            nobody = len(fault.ranks) == plan.layout.world_size and fault.kind != "exception"
+            spares = crew.spares() or (crew.start_anew() if nobody else [])
+            remedy = remedy_for(
+                fault, self.history, layout=plan.layout, spares=spares, legal=legal_of(plan), round=number
+            )
         self.history.append(fault)
         if isinstance(remedy, Stop) and fault.kind != "exception":
             verdict = replace(verdict, sentence=f"{verdict.sentence}; {remedy.sentence}")

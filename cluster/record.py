@@ -83,9 +83,8 @@ class Record:
                 if what == "metric":
                     self._caught_up(values)
                     self.step, self.step_s = values["step"], values["step_time_s"]
-                    own_s = self.step_s - values.get(
-                        "snapshot_stall_s", 0.0
-                    )  # a checkpoint is no part of its step
+                    # a checkpoint is no part of its step
+                    own_s = self.step_s - values.get("snapshot_stall_s", 0.0)
                     self.pace.ended(own_s, values["time_unix"], time.monotonic())
                     self._gauges.show(values)
                     self._add({"metric": self._journal.metric(values)})

@@ -79,6 +79,7 @@ def test_a_run_whose_controller_is_killed_twice_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 def test_a_rank_that_is_killed_with_the_controller_is_replaced_by_the_next_one(
     bench: Bench, paced: Path, run_dir: Path

@@ -218,6 +218,7 @@ def test_without_its_command_a_run_still_replaces_its_controller_and_its_ranks(
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 def test_a_stopped_worker_does_not_keep_its_place_on_the_cluster(
     bench: Bench, head: Head, paced: Path, run_dir: Path
 ) -> None:

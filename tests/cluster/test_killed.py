@@ -108,6 +108,7 @@ def test_twenty_kills_at_random_instants_change_nothing(bench: Bench, small: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_no_step_is_missing_from_the_record_when_a_long_validation_is_cut_short(
     bench: Bench, paced: Path, run_dir: Path

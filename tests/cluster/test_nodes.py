@@ -235,6 +235,7 @@ def test_a_killed_rank_of_another_node_is_replaced(
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(900)
 def test_a_lost_node_of_two_is_made_up_for_from_its_copy(
     cluster: Cluster, bench: Bench, small: Path, run_dir: Path, undisturbed: Callable[[Path, int], Path]

@@ -195,6 +195,27 @@ def test_a_rank_without_memory_is_replaced(bench: Bench, paced: Path, run_dir: P
 
 @pytest.mark.ray
 @pytest.mark.campaign
+def test_when_every_rank_is_killed_at_once_new_ones_go_on_from_memory(
+    bench: Bench, small: Path, run_dir: Path, runs_of: Callable[[str, Path], Path]
+) -> None:
+    """Without a spare too: nobody is left, but all that they knew is."""
+    undisturbed = runs_of("dp_shard", small)
+    command = train(bench, small, run_dir, *LAYOUTS["dp_shard"], "snapshot.spares=0")
+    reached(run_dir, 12)
+    for pid in events(run_dir, "formed")[0]["pids"]:
+        os.kill(pid, signal.SIGKILL)
+    ended = command.wait()
+    assert ended.status == 0, ended.err
+    assert [event["action"] for event in events(run_dir, "remedy")] == ["replace"]
+    (restored,) = events(run_dir, "restored")
+    assert restored["source"] == "memory"
+    assert restored["lost_steps"] <= PROMISED_LOST_STEPS
+    check_unbroken(run_dir, trained_twice=restored["lost_steps"])
+    check_equal(run_dir, undisturbed)
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
 def test_a_second_kill_while_the_ranks_recover_is_survived(bench: Bench, paced: Path, run_dir: Path) -> None:
     """Faults come together: the survivor of the first dies while the spare takes over."""
     options = ("model.pause_s=0.05", "checkpoint.every=0", "snapshot.spares=2", "run.steps=100")
