@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from .context import ContextSplit, apply_context
 from .initial import fill
@@ -43,6 +44,8 @@ def parallelize(
     first kind has no numbers yet: they are loaded, or `start_numbers` draws them. Raises PlanError where the
     model's plan does not fit it.
     """
+    # they would give back an equal mesh of an earlier epoch, in which this process may have been another rank
+    _clear_sharding_prop_cache()
     workings = workings or Workings()
     layout = mesh.layout
     model, in_memory = build_module(build, seed=seed)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from harness import run_ranks
 from torch import nn
@@ -61,6 +62,28 @@ def test_numbers_are_drawn_when_they_are_asked_for() -> None:
         return all(torch.equal(a.parameter.to_local(), b.parameter.to_local()) for a, b in pairs)
 
     assert run_ranks(2, on_rank) == [True, True]
+
+
+def test_a_process_that_becomes_another_rank_holds_what_that_rank_holds() -> None:
+    """As one does that lived through a loss: the run shrinks, its number changes, and the run grows again."""
+
+    def on_rank() -> list[bool]:
+        right, rank = [], dist.get_rank()
+        for turn in range(2):
+            if turn:
+                store = dist.distributed_c10d._get_default_store()
+                dist.destroy_process_group()
+                dist.init_process_group(
+                    "gloo", store=dist.PrefixStore("again", store), rank=1 - rank, world_size=2
+                )
+            mesh = make_mesh(Layout(dp_replicate=1, dp_shard=2), CPU)
+            model = parallelize(lambda: Llama(SHAPE), mesh, seed=3)
+            right += [held.box()[1] == tuple(held.parameter.to_local().shape) for held in model.held]
+            first = next(held for held in model.held if held.name == "embedding.weight")
+            right.append((first.box()[0][0] == 0) == (mesh.world.rank == 0))
+        return right
+
+    assert all(all(right) for right in run_ranks(2, on_rank))
 
 
 def test_sums_can_be_waited_for_later() -> None:
