@@ -21,7 +21,7 @@ from ..linear import dense_product
 from .gather import Columns, Hidden, add_columns, heads_of, hidden_of, read_rows, write_rows
 from .plan import decode
 
-SMALL_PRODUCT = 1 << 20  # multiplications and additions; below it MKL is as fast or faster anywhere
+SMALL_PRODUCT = 1 << 20  # multiplications and additions; below it torch's own was measured as fast or faster
 
 
 def _work_type(q: torch.Tensor) -> torch.dtype:

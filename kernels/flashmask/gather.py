@@ -97,7 +97,7 @@ class Columns:
         size = sum(part.shape[1] for part in parts)
         more = padded(size, PAD_COLUMNS) - size
         end = last - self.first
-        if len(parts) == 1 and last == self.last:
+        if len(parts) == 1 and (last == self.last or not more):
             self.copy[:, end : end + more].zero_()
             return self.copy[:, end - size : end + more].unbind(0)
         if more:  # what lies behind is others' keys, and they need not be finite
