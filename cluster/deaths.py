@@ -1,7 +1,8 @@
 """How a worker died: the kernel tells a signal from an exit, Ray only that the connection closed.
 
-Since Linux 6.15 a handle on a process tells its exit status to others than its parent (PIDFD_GET_INFO).
-Only processes of this machine can be asked; of others, and on older kernels, nothing is known.
+Until a process is reaped, /proc tells its exit status to others than its parent; since Linux 6.15 a handle on
+it tells that later (PIDFD_GET_INFO). Only processes of this machine can be asked; of others, and on older
+kernels, nothing is known.
 """
 
 import contextlib
@@ -11,12 +12,14 @@ import signal
 import struct
 import time
 
+from .watch import exit_status
 from .worker import Place
 
 _GET_INFO = (3 << 30) | (64 << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _EXIT = 1 << 3  # PIDFD_INFO_EXIT in the mask
 _LAYOUT = struct.Struct("=QQ11Ii")  # mask, cgroup, eleven ids, exit status as wait() has it
 _REAPED_WITHIN_S = 1.0  # the raylet reaps at once; its machine may be busy
+_LOOK_EVERY_S = 0.002  # a run that is down waits for the answer
 
 
 class Deaths:
@@ -41,11 +44,13 @@ class Deaths:
             try:
                 fcntl.ioctl(handle, _GET_INFO, raw)
             except OSError:
-                return None
-            mask, *_, status = _LAYOUT.unpack(raw)
-            if mask & _EXIT:
+                deadline = 0.0  # a kernel that does not tell
+            mask, *_, told = _LAYOUT.unpack(raw)
+            # one that is not reaped still has its number for itself
+            status = told if mask & _EXIT and deadline else exit_status(pid)
+            if status is not None:
                 return describe(status)
-            time.sleep(0.02)
+            time.sleep(_LOOK_EVERY_S)
         return None
 
     def close(self) -> None:

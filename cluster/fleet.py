@@ -106,9 +106,9 @@ class Fleet:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return self._start(cpus=1, strategy=strategy)
 
-    def add_spares(self, count: int, *, avoid: Collection[str] = ()) -> None:
+    def add_spares(self, count: int, *, avoid: Collection[str] = (), in_background: bool = False) -> None:
         """Start `count` more workers, on the nodes of the ranks in turn if there is room, but for those to
-        `avoid`; nothing waits for them.
+        `avoid`; nothing waits for them, and `in_background` they do not hold up who trains beside them.
 
         The first is where rank 0 is. A node that is lost takes its spares with it, so not all are on one.
         """
@@ -119,7 +119,8 @@ class Fleet:
         there = Counter(spare.place.node for spare in self._spares)
         nodes = sorted(dict.fromkeys(node for node in at if node not in avoid), key=lambda node: there[node])
         for node in itertools.islice(itertools.cycle(nodes), count):
-            spare = self._start(cpus=0, strategy=NodeAffinitySchedulingStrategy(node, soft=True))
+            strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+            spare = self._start(cpus=0, strategy=strategy, in_background=in_background)
             self._coming[spare.actor.place.remote()] = (spare.actor, spare.name)
 
     def spares(self) -> list[Member]:
@@ -168,7 +169,7 @@ class Fleet:
                 ray.kill(actor)
         remove_placement_group(self._group)
 
-    def _start(self, *, cpus: int, strategy: Any) -> Member:
+    def _start(self, *, cpus: int, strategy: Any, in_background: bool = False) -> Member:
         name = f"{_worker_prefix(self._run)}{secrets.token_hex(4)}"
         options: dict[str, Any] = {  # a dict, because Ray's stubs leave concurrency_groups out
             "num_cpus": cpus,
@@ -182,7 +183,9 @@ class Fleet:
             "lifetime": "detached",
             "name": name,
         }
-        actor = ray.remote(**options)(Worker).remote(self._home, self._controller, group_name(self._run))
+        actor = ray.remote(**options)(Worker).remote(
+            self._home, self._controller, group_name(self._run), in_background
+        )
         return Member(actor, NOWHERE, name)
 
 

@@ -5,6 +5,7 @@ Says what was lost as values; nothing here decides.
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -34,6 +35,7 @@ class Losses:
         self._ranks: list[Failure] = []  # found while something else was asked
         self._notices: list[Notice] = []
         self._lock = threading.Lock()
+        self._news = threading.Event()
         self._dead_spares: list[int] = []  # process ids of those that nobody was told of yet
 
     def follow(self, member: Member) -> None:
@@ -52,6 +54,17 @@ class Losses:
         """Take in what a vault has seen; called by another thread."""
         with self._lock:
             self._notices.append(notice)
+        self._news.set()
+
+    def listen(self, calls: Iterable[Any]) -> None:
+        """Have `await_news` return when one of these calls of Ray's has ended, too."""
+        for call in calls:
+            call.future().add_done_callback(lambda _: self._news.set())
+
+    def await_news(self, timeout_s: float) -> None:
+        """Wait until something is told or has ended since this was called last."""
+        self._news.wait(timeout_s)
+        self._news.clear()
 
     def noticed_any(self, fleet: Fleet) -> bool:
         """Whether something was noticed of a rank that nobody has asked about yet."""

@@ -54,7 +54,8 @@ class Arena:
     @staticmethod
     def open(path: str | Path) -> "Arena":
         """Map a file that `create` or a vault made. Raises DamagedImage for any other."""
-        mapping, kind, run = map_file(Path(path))
+        # populated at once: the first update must not pay for a fault every 4 KiB
+        mapping, kind, run = map_file(Path(path), populate=True)
         if kind != "arena":
             raise ArenaError(f"{path}: is a {kind}, not an arena")
         return Arena(mapping, Path(path), run)

@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap | np.ndarray
 
-_RANK_FILE = re.compile(r"rank-(\d{5,})\.(arena|slot)(-\d+)?")
-_BLOB_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.blob")
+RANK_FILE = re.compile(r"rank-(\d{5,})\.(arena|slot)(-\d+)?")
+BLOB_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.blob")
 _UNFINISHED = ".part"
+STAT_BLOCK_BYTES = 512  # of `st_blocks`, whatever a file system's own blocks are
 
 
 class VaultError(ImageError):
@@ -131,7 +132,7 @@ class Vault:
         for path in sorted(self.folder.iterdir()):
             if path.name.endswith(_UNFINISHED):
                 continue
-            if not (_RANK_FILE.fullmatch(path.name) or _BLOB_FILE.fullmatch(path.name)):
+            if not (RANK_FILE.fullmatch(path.name) or BLOB_FILE.fullmatch(path.name)):
                 found.foreign[path.name] = "its name is none of a vault's"
                 continue
             try:
@@ -250,16 +251,16 @@ class Vault:
         own = []
         for path in self.folder.iterdir():
             name = path.name.removesuffix(_UNFINISHED)
-            known = _BLOB_FILE.fullmatch(name) or (name == path.name and _RANK_FILE.fullmatch(name))
+            known = BLOB_FILE.fullmatch(name) or (name == path.name and RANK_FILE.fullmatch(name))
             if known and path.is_file() and (not unfinished or name != path.name):
                 own.append(path)
         return own
 
     def _path(self, name: str, *, blob: bool = False) -> Path:
-        if not blob and _RANK_FILE.fullmatch(name):
+        if not blob and RANK_FILE.fullmatch(name):
             return self.folder / name
         file = name if name.endswith(".blob") else f"{name}.blob"
-        if not _BLOB_FILE.fullmatch(file):
+        if not BLOB_FILE.fullmatch(file):
             raise VaultError(f"{name!r} is no name of a blob: letters, digits, '.', '_' and '-' make one")
         return self.folder / file
 
@@ -303,7 +304,7 @@ class Vault:
 
 def rank_of(info: ImageInfo) -> int | None:
     """The rank whose arena or slot this is; None for blobs."""
-    match = _RANK_FILE.fullmatch(Path(info.path).name)
+    match = RANK_FILE.fullmatch(Path(info.path).name)
     return int(match[1]) if match else None
 
 
@@ -340,6 +341,9 @@ def _free(folder: Path) -> int:
 def _resize(path: Path, size: int) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.posix_fallocate(fd, 0, size)
+        there = os.fstat(fd)
+        # to be told that all pages are there takes 60 ms a gigabyte, while the run is down
+        if there.st_size < size or there.st_blocks * STAT_BLOCK_BYTES < there.st_size:
+            os.posix_fallocate(fd, 0, size)
     finally:
         os.close(fd)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayfold.cluster.watch import STOPPED_AFTER_S, Notice, Watch, watching_works
+from rayfold.cluster import watch as watching
+from rayfold.cluster.watch import STOPPED_AFTER_S, Notice, Watch, exit_status, state_of, watching_works
 
 pytestmark = pytest.mark.skipif(not watching_works(), reason="needs /proc")
 SOON_S = 5.0  # a busy machine; idle it is a twentieth of a second
@@ -49,6 +50,49 @@ def test_a_killed_process_is_told_once_with_when_it_was_well(
     assert abs(notice.last_well_unix - killed) < SOON_S
     with pytest.raises(queue.Empty):
         notices.get(timeout=0.2)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs handles on processes")
+def test_an_end_is_told_at_once_and_needs_no_look(
+    monkeypatch: pytest.MonkeyPatch, sleeper: "subprocess.Popen[bytes]"
+) -> None:
+    """A run that is down waits for this: the kernel wakes the watch, whenever it would have looked next."""
+    monkeypatch.setattr(watching, "LOOK_EVERY_S", 2.0)
+    notices: queue.Queue[Notice] = queue.Queue()
+    watch = Watch(notices.put)
+    watch.follow(os.getpid())  # lives on, and is waited for beside the other
+    watch.follow(sleeper.pid)
+    sleeper.kill()
+    assert notices.get(timeout=1.5).pid == sleeper.pid
+    watch.close()
+
+
+def test_an_end_is_told_where_the_system_has_no_handles(
+    monkeypatch: pytest.MonkeyPatch, sleeper: "subprocess.Popen[bytes]"
+) -> None:
+    """Kernels before 5.3 and their imitations: it is found at the next look."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    notices: queue.Queue[Notice] = queue.Queue()
+    watch = Watch(notices.put)
+    watch.follow(sleeper.pid)
+    sleeper.kill()
+    assert notices.get(timeout=SOON_S).what == "died"
+    watch.close()
+
+
+def test_how_a_process_ended_is_known_before_anybody_has_waited_for_it(
+    sleeper: "subprocess.Popen[bytes]",
+) -> None:
+    """Giving its memory back takes a while, and the verdict names the signal."""
+    assert exit_status(sleeper.pid) is None
+    sleeper.kill()
+    deadline = time.monotonic() + SOON_S
+    while (status := exit_status(sleeper.pid)) is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert status == signal.SIGKILL
+    assert state_of(sleeper.pid)[0] in ("X", "Z")
+    sleeper.wait()
+    assert exit_status(sleeper.pid) is None
 
 
 def test_a_stopped_process_is_told_only_when_it_stays_so(
