@@ -24,7 +24,7 @@ from .home import Home
 from .interrupts import Interrupts, StoppedAtOnce, interrupts
 from .progress import Progress
 from .reaper import MARK
-from .session import SessionLost, check_embedded, ray_session
+from .session import JoinedHead, SessionLost, check_embedded, ray_session
 
 NAMESPACE = "rayfold"
 LOOK_EVERY_S = 0.25
@@ -118,13 +118,13 @@ def _start(plan: RunPlan, home: Home) -> Any:
 
 def _watch(controller: Any, progress: Progress, asked: Interrupts, seen: int | None) -> dict[str, Any]:
     """Show the news from number `seen` on until the run has ended; None: from now on."""
-    told, answered = False, time.monotonic()
+    told, answered, head = False, time.monotonic(), JoinedHead(ray.get_runtime_context().gcs_address)
     while True:
         stop = asked.poll()
         if stop and not told:
             told = True
             progress.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-        if (view := _view(controller, seen, asked)) is not None:
+        if (view := _view(controller, seen, asked, head)) is not None:
             if seen is None:
                 progress.say(f"the run is under way, after step {view['step']}; Ctrl-C stops it")
             answered, seen = time.monotonic(), view["seen"]
@@ -136,17 +136,20 @@ def _watch(controller: Any, progress: Progress, asked: Interrupts, seen: int | N
                 controller.stop.remote()  # again, if it is one that has not heard of it
         elif time.monotonic() - answered > ANSWER_S:
             raise GetTimeoutError(f"the controller did not come back within {ANSWER_S:.0f} s")
+        else:
+            head.check()
         check_embedded()
         time.sleep(LOOK_EVERY_S)
 
 
-def _view(controller: Any, seen: int | None, asked: Interrupts) -> dict[str, Any] | None:
+def _view(controller: Any, seen: int | None, asked: Interrupts, head: JoinedHead) -> dict[str, Any] | None:
     """What the controller shows; None while it is being started again. One that is dead for good raises."""
     asked_for = controller.view.remote(seen)  # answered by a thread of its own
     deadline = time.monotonic() + ANSWER_S
     while not ray.wait([asked_for], timeout=LOOK_EVERY_S)[0]:
         asked.poll()
         check_embedded()
+        head.check()
         if time.monotonic() > deadline:
             raise GetTimeoutError(f"the controller did not answer for {ANSWER_S:.0f} s")
     try:
@@ -193,7 +196,7 @@ def _close_record(plan: RunPlan, error: Exception, begun_unix: float) -> dict[st
             return found
         journal = Journal(run_dir)
         step = journal.last_step
-        verdict = _lost(step, error)
+        verdict = _lost(step, error, embedded=plan.config.run.address == "local")
         journal.event("verdict", step, **verdict.as_event())
         journal.event("run_finished", step, status="failed")
         summary = journal.summary(
@@ -203,12 +206,13 @@ def _close_record(plan: RunPlan, error: Exception, begun_unix: float) -> dict[st
     return summary
 
 
-def _lost(step: int, error: Exception) -> Verdict:
+def _lost(step: int, error: Exception, *, embedded: bool) -> Verdict:
+    memory = "" if embedded else ", or from memory on a cluster of the same machines"
     what = f"Ray ({error})" if isinstance(error, SessionLost) else "the controller of the run"
     return Verdict(
         sentence=(
             f"{what} was lost after step {step}; the last durable checkpoint stands, and the same command "
-            "goes on from it"
+            f"goes on from it{memory}"
         ),
         ranks=[],
         cls="controller",

@@ -18,11 +18,13 @@ GONE_AFTER_LOOKS = 30  # a minute: a controller is back within seconds, on a bus
 class Lifeline:
     """Asks from a thread of its own whether there is a controller; calls `gone` once when there is none.
 
-    Ray tells at once when it has given an actor up; one that answers nobody counts as gone after a bound. It
-    counts looks and not seconds: a machine that slept, with all of the run, has lost nobody.
+    Ray tells at once when it has given an actor up, and `gone(True)` is called: the run is over. One that
+    answers nobody counts as gone after a bound, `gone(False)`: perhaps Ray itself is lost, and the run will
+    go on from what it has left. It counts looks and not seconds: a machine that slept, with all of the run,
+    has lost nobody.
     """
 
-    def __init__(self, controller: Any, gone: Callable[[], None]) -> None:
+    def __init__(self, controller: Any, gone: Callable[[bool], None]) -> None:
         self._controller = controller
         self._gone = gone
         self._closed = threading.Event()
@@ -33,7 +35,7 @@ class Lifeline:
         self._closed.set()
 
     def _look_on(self) -> None:
-        missed = 0
+        missed, told = 0, False
         while not self._closed.wait(LOOK_EVERY_S):
             try:
                 ray.get(self._controller.answers.remote(), timeout=LOOK_EVERY_S)
@@ -41,7 +43,7 @@ class Lifeline:
             except (ActorUnavailableError, GetTimeoutError, RayTaskError):
                 missed += 1  # being started again, or busy
             except RayActorError:
-                missed = GONE_AFTER_LOOKS
+                missed, told = GONE_AFTER_LOOKS, True
             if missed >= GONE_AFTER_LOOKS:
-                self._gone()
+                self._gone(told)
                 return

@@ -6,11 +6,13 @@ While a lost controller is started again they wait here, in order and numbered: 
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
+from ..faulttol.untold import Untold
 from ..runtime.journal import EventKind
 
 PUSH_EVERY_S = 0.2  # how stale the progress line may be
@@ -27,10 +29,12 @@ class Outbox:
     told by whoever has them.
     """
 
-    def __init__(self, controller: Any, *, rank: int, epoch: int) -> None:
+    def __init__(self, controller: Any, *, rank: int, epoch: int, folder: Path | None = None) -> None:
+        """In `folder`, if there is one, metrics are kept that the controller may not have written down."""
         self._controller = controller
         self._rank = rank
         self._epoch = epoch
+        self._untold = Untold(folder) if folder is not None and rank == 0 else None
         self._lines: list[tuple[str, dict[str, Any]]] = []
         self._told = self._pushed = 0
         self._error: OSError | None = None
@@ -75,6 +79,8 @@ class Outbox:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(FLUSH_TIMEOUT_S)
+        if self._untold is not None:
+            self._untold.close()
 
     def _push(self, lines: list[tuple[str, dict[str, Any]]]) -> OSError | None:
         try:
@@ -89,6 +95,8 @@ class Outbox:
             )
         with self._changed:
             self._pushed += len(lines)
+            if self._untold is not None and self._pushed == self._told:
+                self._untold.all_told()
             self._changed.notify_all()
         return None
 
@@ -113,6 +121,8 @@ class Outbox:
                 raise self._error  # training that nobody records is worth nothing
             self._lines.append((what, values))
             self._told += 1
+            if self._untold is not None and what == "metric":
+                self._untold.add(values)
             if what == "event":  # rare, and somebody may be waiting for it
                 self._changed.notify_all()
 

@@ -98,6 +98,11 @@ def claim_memory(session: str) -> int:
     return claim
 
 
+def has_reaper(folder: str) -> bool:
+    """Whether a folder in memory is, or was, an embedded session's: a reaper's matter."""
+    return os.path.exists(os.path.join(folder, _CLAIM))
+
+
 def clear_abandoned_memory() -> None:
     """Remove the folders of sessions whose reaper was killed too: nobody else would give the memory back."""
     root = _memory_root()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from . import reaper
 OBJECT_STORE_BYTES = 100 << 20  # commands and metrics only; Ray's default would take a third of the memory
 REAPER_WAIT_S = 15.0
 KNOCK_TIMEOUT_S = 10.0
+HEAD_LOOK_S = 2.0  # between knocks at a head, and how long one may take
+HEAD_LOST_S = 20.0  # one that keeps its state elsewhere is back within seconds; Ray gives up after a minute
 NEEDED_PROCESSES = frozenset({"gcs_server", "raylet"})  # a run goes on without log monitor or dashboard
 
 
@@ -77,6 +80,32 @@ def check_embedded() -> None:
     dead = [name for name, _ in node.dead_processes()] if node is not None else []
     if lost := NEEDED_PROCESSES.intersection(dead):
         raise SessionLost(", ".join(sorted(lost)))
+
+
+class JoinedHead:
+    """Whether the head of the cluster at an address, that of its GCS, can be reached.
+
+    Ray's own answer to one that is lost is to end this process, after a minute, without a word.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._heard = self._asked = time.monotonic()
+
+    def check(self) -> None:
+        """Raise SessionLost when nobody has listened there for `HEAD_LOST_S`; looks now and then."""
+        if (now := time.monotonic()) - self._asked < HEAD_LOOK_S:
+            return
+        if now - self._asked > HEAD_LOST_S:
+            self._heard = now  # nobody has looked for so long
+        self._asked = now
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), HEAD_LOOK_S).close()
+            self._heard = now
+        except OSError:
+            if now - self._heard > HEAD_LOST_S:
+                raise SessionLost(f"the head of the cluster at {self._address}") from None
 
 
 @contextmanager

@@ -154,7 +154,9 @@ def begins_an_attempt(event: dict[str, Any]) -> bool:
     """Whether training begins anew with this event: a start of the command, or ranks that form again within
     one after a fault.
     """
-    return event["kind"] == "run_started" or (event["kind"] == "formed" and event.get("epoch", 1) > 1)
+    if event["kind"] == "formed":
+        return bool(event.get("epoch", 1) > event.get("epochs_before", 0) + 1)
+    return bool(event["kind"] == "run_started")
 
 
 def _time_at_work(events: list[dict[str, Any]]) -> float:

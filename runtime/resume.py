@@ -29,20 +29,25 @@ def check_goes_on(run_dir: Path, config: RunConfig) -> None:
     path = run_dir / "config.toml"
     if not path.exists() or not newest_step(run_dir):
         return
-    before, now = read_config(path).to_dict(), config.to_dict()
+    changed = changes(read_config(path).to_dict(), config.to_dict())
+    if changed:
+        raise ConfigError("\n".join(_sentence(path, *change) for change in changed))
+
+
+def changes(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[tuple[str, Any, Any]]:
+    """The keys that a run cannot change and that differ between two configurations, with both values."""
     changed = []
     for section in now:
         for key in sorted(before[section].keys() | now[section].keys()):
             fixed = section in _FIXED_SECTIONS or (section, key) in _FIXED_KEYS
             old, new = before[section].get(key), now[section].get(key)
             if fixed and (section, key) not in _FREE_KEYS and old != new:
-                changed.append(_sentence(path, section, key, old, new))
-    if changed:
-        raise ConfigError("\n".join(changed))
+                changed.append((f"{section}.{key}", old, new))
+    return changed
 
 
-def _sentence(path: Path, section: str, key: str, old: Any, new: Any) -> str:
+def _sentence(path: Path, key: str, old: Any, new: Any) -> str:
     return (
-        f"{path}: {section}.{key}: the run there was started with {old!r} and cannot go on with {new!r}; "
+        f"{path}: {key}: the run there was started with {old!r} and cannot go on with {new!r}; "
         f"keep {old!r}, or choose another run.name"
     )
