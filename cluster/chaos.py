@@ -1,14 +1,14 @@
 """`rayfold chaos`: a run, the faults of a campaign injected into it, and what came of each promise.
 
-The run is that of `rayfold train`, in this process; a thread injects from outside (`inject.py`). What no one
-outside can do in this version is refused when the campaign is read: a report about faults that never
-happened would be read as one about faults that were borne.
+The run is that of `rayfold train`, in this process; a thread injects from outside (`inject.py`), and what no
+one outside can do workers do to themselves (`saboteur.py`). What cannot be injected is refused when the
+campaign is read: a report about faults that never happened would be read as one about faults that were borne.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from ..faulttol.outcome import PROMISES, campaign_report
 from ..runtime.journal import EVENTS, METRICS, read_lines, write_atomically
 from ..runtime.plan import RunPlan
 from ..runtime.resume import newest_step
-from .inject import NOT_DUE, Injector
+from .home import Home
+from .inject import NOT_DUE, STEPS_TO_KNOW, Injector
+from .saboteur import FROM_WITHIN
 from .watch import watching_works
 
 INJECTIONS_MADE = "chaos.jsonl"  # in the run's folder: what was injected when, in the manner of events.jsonl
@@ -34,19 +36,25 @@ INJECTED: dict[Injection, str] = {
     "kill_all": "SIGKILL of all ranks at once",
     "kill_spare": "SIGKILL of a process that waits to take a rank's place",
     "kill_vault": "SIGKILL of the process that watches the node's ranks",
+    "kill_controller": "SIGKILL of the process that directs the run and writes its record",
+    "kill_node": "SIGKILL of a rank and, at the same instant, of the process that watches the node's ranks",
+    "preempt": "SIGTERM to a rank, as orchestrators give notice before they kill",
     "stop": "SIGSTOP of a rank: it fails nowhere and answers nobody",
     "stale": "SIGSTOP of a rank, and SIGCONT while its place is given to another",
     "bit_flip": "one bit in the newest copy of the rank's state",
     "truncate": "the newest copy of the rank's state cut off while the rank has it mapped",
+    "lose_slot": "the file of the newest copy of the rank's state removed",
+    "exception": "an exception raised once in the thread that trains, wherever it is",
+    "oom": "a MemoryError raised once in the thread that trains",
+    "stuck": "the rank in an endless loop, or in native code that holds the interpreter; not before step "
+    f"{STEPS_TO_KNOW}, as a run must know its steps first",
     "flip_checkpoint": "one bit in the newest checkpoint on disk",
     "truncate_checkpoint": "a file of the newest checkpoint on disk cut off",
-    "disk_full": "no rank can write a file as large as a checkpoint's, until one has come to nothing",
+    "disk_full": "no file as large as a checkpoint's can be written, until one has come to nothing",
 }
 REFUSED: dict[Injection, str] = {
-    "kill_node": "a run on this machine is one node with the controller on it, and nothing would be left",
-    "exception": "nobody outside a process can raise in it; raise at a step in a model of your own instead",
-    "stuck": "nobody outside a process can hold its interpreter; loop at a step in a model of your own",
-    "preempt": "a notice to leave is not taken yet; stop or kill a rank instead",
+    "kill_driver": "an embedded session ends with its command, and so would the campaign; kill the command "
+    "of a run in a joined cluster instead",
 }
 
 
@@ -101,6 +109,11 @@ def check_campaign(campaign: Campaign, plan: RunPlan) -> None:
             )
         if spec.kind == "kill_spare" and config.snapshot.spares == 0:
             problems.append(f"{at}.kind: kill_spare, and snapshot.spares = 0; set snapshot.spares=1")
+        if spec.kind == "stuck" and plan.layout.world_size == 1:
+            problems.append(
+                f"{at}.kind: stuck, and run.workers = 1: a stuck rank is found by those that wait for it; "
+                "set run.workers=2 or more"
+            )
         if spec.kind == "kill_in_recovery" and not disturbing:
             problems.append(
                 f"{at}.kind: kill_in_recovery comes while ranks recover from another fault, and there is "
@@ -110,18 +123,22 @@ def check_campaign(campaign: Campaign, plan: RunPlan) -> None:
         raise CampaignError("\n".join(f"{campaign.source}: {problem}" for problem in problems))
 
 
-def run_chaos(chaos: Chaos, run_dir: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_chaos(
+    chaos: Chaos, run_dir: Path, home: Home, run: Callable[[Home], dict[str, Any]]
+) -> dict[str, Any]:
     """Let `run` go to its end under the campaign's faults; the report, which is written too.
 
-    `run` returns the summary of the run in `run_dir`.
+    `run` returns the summary of the run in `run_dir`. Where the campaign has faults that no one outside can
+    bring about, the home that it is given has its workers do them.
     """
+    home = replace(home, sabotaged=any(fault.kind in FROM_WITHIN for fault in chaos.planned))
     run_dir.mkdir(parents=True, exist_ok=True)
     since = time.time()
     with (
         open(run_dir / INJECTIONS_MADE, "a") as told,
         Injector(run_dir, chaos.planned, told, since_unix=since) as injector,
     ):
-        run()
+        run(home)
     report = {
         "campaign": chaos.campaign.name,
         "seed": chaos.seed,

@@ -158,7 +158,7 @@ def chaos(
     check_goes_on(run_dir, plan.config)
     _check_what_it_names(plan)
     made = Chaos(campaign=asked, planned=planned, seed=seed, report=out or run_dir / CHAOS_REPORT)
-    report = run_chaos(made, run_dir, lambda: _run(plan, home, quiet))
+    report = run_chaos(made, run_dir, home, lambda at: _run(plan, at, quiet))
     if as_json:
         print(json.dumps(report))
     elif not quiet:

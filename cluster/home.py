@@ -12,6 +12,7 @@ class Home:
 
     folder: str
     module_folders: tuple[str, ...]
+    sabotaged: bool = False  # whether a chaos campaign has its faults done inside of workers (`saboteur.py`)
 
     @classmethod
     def of_command(cls, config: Path) -> "Home":

@@ -1,9 +1,9 @@
 """Injects the faults of a campaign into the processes of a run on this machine, from outside.
 
-The run knows nothing of it: where it is follows from its record, which process is which from its last
-`formed` event, and what a rank is doing from the headers of its files in memory. Only processes that carry
-the session's mark are touched. What was done goes to a file of its own beside the record, which has one
-writer already.
+The run knows nothing of it, but for what a process does to itself at a signal (`saboteur.py`): where it is
+follows from its record, which process is which from its last `formed` event, and what a rank is doing from
+the headers of its files in memory. Only processes that carry the session's mark are touched. What was done
+goes to a file of its own beside the record, which has one writer already.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,9 @@ from ..faulttol.header import FILLING
 from ..faulttol.outcome import PROMISES
 from ..runtime.journal import EVENTS, METRICS
 from .reaper import MARK, session_processes
+from .saboteur import FROM_WITHIN, signal_for
 from .strikes import (
+    catches,
     cut_slot,
     damage_checkpoint,
     data_files,
@@ -30,6 +32,7 @@ from .strikes import (
     kill_when,
     lift_limit,
     limit_files,
+    lose_slot,
     send,
     title_of,
 )
@@ -40,6 +43,13 @@ INTO_STEP_S = 1.0  # the most that a kill waits for its place within a step
 END_S = 5.0  # for the thread: a look takes less than INTO_STEP_S and strikes.CATCH_S together
 
 NOT_DUE = "the run ended before it was due"
+STEPS_TO_KNOW = 7  # before them a run does not know how long its steps take (`faulttol.pace`)
+# Faults of a process of the run that is no rank: how it calls itself.
+TITLES: dict[Injection, str] = {
+    "kill_spare": "ray::Worker",
+    "kill_vault": "ray::VaultActor",
+    "kill_controller": "ray::Controller",
+}
 
 
 class Tail:
@@ -76,9 +86,12 @@ class Situation:
     formed: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
     not_written_unix: float = 0.0  # when the last checkpoint came to nothing
+    controller_unix: float = 0.0  # when the last controller began that took over from a lost one
+    known: int = 0  # steps that the present controller has seen
 
     def learn(self, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
         """Take in new lines of the record."""
+        self.known += len(metrics)
         for line in metrics:
             self.first_unix = self.first_unix or line["time_unix"]
             self.step = max(self.step, line["step"])
@@ -86,8 +99,10 @@ class Situation:
         for event in events:
             if event["kind"] == "formed":
                 self.formed = event
-            if event["kind"] == "verdict":
+            if event["kind"] in ("verdict", "preempted"):
                 self.verdict = event
+            if event["kind"] == "fault" and event["class"] == "controller":
+                self.controller_unix, self.known = event["time_unix"], 0
             if event["kind"] == "fault" and event["class"] in ("disk", "checkpoint_not_written"):
                 self.not_written_unix = event["time_unix"]
 
@@ -98,7 +113,7 @@ class Situation:
 
     def is_due(self, fault: PlannedFault, now_unix: float) -> bool:
         """Whether its step or its time has come."""
-        if self.first_unix is None:
+        if self.first_unix is None or (fault.kind == "stuck" and self.known < STEPS_TO_KNOW):
             return False
         if fault.at_step is not None:
             return self.step >= fault.at_step
@@ -123,6 +138,8 @@ class Second:
         if self.kind == "disk_full" and now.not_written_unix > self.since_unix:
             lift_limit(self.pids)
             return {"message": "there is room again", "pids": list(self.pids)}
+        if self.kind == "kill_controller" and now.controller_unix > self.since_unix:
+            return {"message": "another one has taken over", "pids": list(self.pids)}
         if self.kind == "stale" and now.verdict.get("time_unix", 0.0) > self.since_unix:
             woken = send([pid for pid in self.pids if state_of(pid)[0] == "T"], signal.SIGCONT)
             return {"message": "it was woken" if woken else "it was dead already", "pids": list(self.pids)}
@@ -195,7 +212,7 @@ class Injector:
         if done is not None:
             line = {"planned": fault.index, "class": fault.kind, "rank": fault.rank}
             self._tell({"time_unix": done["time_unix"], **line, **done})
-            if fault.kind in ("disk_full", "stale"):
+            if fault.kind in ("disk_full", "stale", "kill_controller"):
                 self._second = Second(fault.kind, done["pids"], done["time_unix"])
             if PROMISES[fault.kind].recovers:
                 self._disturbed = done["time_unix"], step
@@ -213,52 +230,67 @@ class Injector:
             return None
         pids: list[int] = self._now.formed.get("pids", [])
         ours = set(session_processes(session))
-        if fault.kind in ("kill_spare", "kill_vault"):
-            title = "ray::Worker" if fault.kind == "kill_spare" else "ray::VaultActor"
-            found = sorted(pid for pid in ours - set(pids) if title_of(pid).startswith(title))
+        if (title := TITLES.get(fault.kind)) is not None:
             self.why[fault.index] = f"no process {title} was there"
+            found = _titled(title, ours - set(pids))
             return send([found[fault.draw % len(found)]], signal.SIGKILL) if found else None
         if fault.kind == "kill_all":
             return send([pid for pid in pids if pid in ours], signal.SIGKILL)
         if fault.kind in OF_CHECKPOINTS:
-            return self._on_disk(fault, [pid for pid in pids if pid in ours])
+            return self._on_disk(fault, _titled(TITLES["kill_vault"], ours))
         rank = fault.rank if fault.kind != "kill_in_recovery" else self._survivor(fault.rank, len(pids))
         if not 0 <= rank < len(pids) or pids[rank] not in ours:
             self.why[fault.index] = f"rank {fault.rank} was not there: the run went on with fewer"
             return None
-        done: dict[str, Any] | None
+        done = self._on_rank(fault, rank, pids[rank], session, ours)
+        return None if done is None else {**done, "rank": rank}
+
+    def _on_rank(
+        self, fault: PlannedFault, rank: int, pid: int, session: str, ours: set[int]
+    ) -> dict[str, Any] | None:
         match fault.kind:
             case "kill_in_update":
                 self.why[fault.index] = "its state was never seen in the middle of an update"
-                done = kill_when(pids[rank], files_of(session, rank, "arena"), lambda words: words.torn)
+                return kill_when(pid, files_of(session, rank, "arena"), lambda words: words.torn)
             case "kill_in_copy":
                 self.why[fault.index] = "no copy of its state was ever seen under way"
                 slots = files_of(session, rank, "slot-*")
-                done = kill_when(pids[rank], slots, lambda words: words.state == FILLING)
-            case "bit_flip":
+                return kill_when(pid, slots, lambda words: words.state == FILLING)
+            case "bit_flip" | "truncate" | "lose_slot":
                 self.why[fault.index] = "no whole copy of its state was there"
-                done = flip_bit(files_of(session, rank, "slot-*"), fault.draw)
-            case "truncate":
-                self.why[fault.index] = "no whole copy of its state was there"
-                done = cut_slot(files_of(session, rank, "slot-*"), fault.draw)
+                slots = files_of(session, rank, "slot-*")
+                if fault.kind == "lose_slot":
+                    return lose_slot(slots)
+                return (flip_bit if fault.kind == "bit_flip" else cut_slot)(slots, fault.draw)
             case "stop" | "stale":
-                done = send([pids[rank]], signal.SIGSTOP)
-            case _:
-                if fault.kind == "kill":  # anywhere within a step: a record tells of ends of steps only
-                    self._ended.wait(min(INTO_STEP_S, self._now.step_s * fault.draw / 2**32))
-                done = send([pids[rank]], signal.SIGKILL)
-        return None if done is None else {**done, "rank": rank}
+                return send([pid], signal.SIGSTOP)
+            case "kill_node":
+                self.why[fault.index] = f"no process {TITLES['kill_vault']} was there"
+                vaults = _titled(TITLES["kill_vault"], ours)
+                return send([*vaults, pid], signal.SIGKILL) if vaults else None
+        if fault.kind != "kill_in_recovery":  # anywhere within a step: a record tells of ends of steps only
+            self._ended.wait(min(INTO_STEP_S, self._now.step_s * fault.draw / 2**32))
+        if fault.kind in FROM_WITHIN:
+            self.why[fault.index] = "its process does not take the signal for it"
+            number = signal_for(fault.kind, fault.draw)
+            return send([pid], number) if catches(pid, number) else None
+        return send([pid], signal.SIGTERM if fault.kind == "preempt" else signal.SIGKILL)
 
-    def _on_disk(self, fault: PlannedFault, pids: Sequence[int]) -> dict[str, Any] | None:
+    def _on_disk(self, fault: PlannedFault, vaults: Sequence[int]) -> dict[str, Any] | None:
         self.why[fault.index] = "no checkpoint was there"
         checkpoints = self._run_dir / "checkpoints"
         if fault.kind != "disk_full":
             return damage_checkpoint(checkpoints, fault.draw, cut=fault.kind == "truncate_checkpoint")
         sizes = [path.stat().st_size for path in data_files(checkpoints)]
-        return limit_files(pids, min(sizes) // 2) if sizes else None
+        return limit_files(vaults, min(sizes) // 2) if sizes and vaults else None
 
     def _survivor(self, rank: int, world_size: int) -> int:
         """`rank`, or the next one that is not lost; -1 where all are."""
         lost = self._now.verdict.get("ranks", [])
         others = [(rank + i) % world_size for i in range(world_size)]
         return next((other for other in others if other not in lost), -1)
+
+
+def _titled(title: str, pids: Iterable[int]) -> list[int]:
+    """Those of the processes that call themselves so."""
+    return sorted(pid for pid in pids if title_of(pid).startswith(title))

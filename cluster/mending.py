@@ -20,6 +20,7 @@ from .states import State
 
 OTHERS_SPEAK_S = 3.0  # after a first failure of a run that ends: how long other ranks may take to tell theirs
 CAUSE_S = 1.0  # a run that goes on waits no longer: a death is seen within 0.1 s, a stop after 0.5 s
+TOGETHER_S = 0.02  # ranks that are killed at once are seen within one look of each other
 ALIKE_S = 0.3  # an error of the user's may come on all ranks at once: no rank is to blame then
 LOOK_EVERY_S = 0.1  # between looks at what vaults have noticed
 
@@ -105,9 +106,9 @@ class Mending:
         return self.recover(late) if late else None
 
     def about(self, leaving: Leaving) -> Move | Stop:
-        """What to do about a node that will be taken away, written down."""
+        """What to do about ranks that have notice to leave, written down."""
         crew, step = self._crew, self._record.step + 1
-        node, homes = crew.nodes[leaving.ranks[0]], dict(enumerate(crew.nodes))
+        node, homes = crew.nodes[leaving.ranks[0]] if leaving.node else "", dict(enumerate(crew.nodes))
         at = time.time() - self.begun_unix
         fault = Fault(kind="preempted", ranks=leaving.ranks, step=step, node=node, homes=homes, time_s=at)
         plan = crew.plan
@@ -136,9 +137,9 @@ class Mending:
         while self._crew.training and (time.monotonic() < deadline or self._crew.in_doubt):
             if self._crew.recovers and (causes := [one for one in heard if not one.lost_peer]):
                 seen = any(one.kind in ("died", "stopped", "stuck") for one in causes)
-                deadline = min(deadline, time.monotonic() + (0.0 if seen else ALIKE_S))
+                deadline = min(deadline, time.monotonic() + (TOGETHER_S if seen else ALIKE_S))
             left_s = deadline - time.monotonic()
-            wait_s = min(LOOK_EVERY_S, left_s) if left_s > 0 else LOOK_EVERY_S
+            wait_s = LOOK_EVERY_S if self._crew.in_doubt else max(0.0, min(LOOK_EVERY_S, left_s))
             heard += self._failures(wait_s)
         return heard
 

@@ -14,7 +14,6 @@ SPOKEN = {  # events worth a line of their own
     "fault": "{class}: {message}",
     "remedy": "{sentence}",
     "resized": "{sentence}",
-    "preempted": "{sentence}",
 }
 
 

@@ -49,6 +49,17 @@ def cut_slot(slots: Sequence[Path], draw: int) -> dict[str, Any] | None:
     return {**_cut(path, HEADER_BYTES + draw % record.used), "of_step": step}
 
 
+def lose_slot(slots: Sequence[Path]) -> dict[str, Any] | None:
+    """Remove the newest whole slot, as a program that clears shared memory does; None where there is none."""
+    whole = [(record.step, path) for path in slots if (record := _whole(path)) is not None]
+    if not whole:
+        return None
+    step, path = max(whole)
+    done = {"time_unix": time.time(), "file": str(path), "of_step": step}
+    path.unlink()
+    return done
+
+
 def damage_checkpoint(checkpoints: Path, draw: int, *, cut: bool) -> dict[str, Any] | None:
     """Cut a file of the newest checkpoint off, or flip one of its bits; None where there is no checkpoint."""
     files = data_files(checkpoints)
@@ -131,14 +142,32 @@ def files_of(session: str, rank: int, what: str) -> list[Path]:
     return sorted(Path(memory_folder(session)).glob(f"*/rank-{rank:05d}.{what}"))
 
 
-def send(pids: Sequence[int], number: signal.Signals) -> dict[str, Any] | None:
+def send(pids: Sequence[int], number: int) -> dict[str, Any] | None:
     """Signal processes; when and which, None where all are gone."""
     at, hit = time.time(), []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
             hit.append(pid)
-    return {"time_unix": at, "pids": hit, "signal": number.name} if hit else None
+    return {"time_unix": at, "pids": hit, "signal": name_of(number)} if hit else None
+
+
+def name_of(number: int) -> str:
+    """What a signal is called."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, which would end it otherwise."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def kill_when(pid: int, files: Sequence[Path], moment: Callable[[Words], bool]) -> dict[str, Any] | None:

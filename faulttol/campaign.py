@@ -37,21 +37,27 @@ Injection: TypeAlias = Literal[
     "kill_all",  # every worker at once
     "kill_spare",
     "kill_vault",  # of the rank's node
-    "kill_node",  # vault, workers and spares of the rank's node
+    "kill_node",  # the rank, and the vault of its node at the same instant
+    "kill_controller",
+    "kill_driver",  # the command
     "stop",  # SIGSTOP
     "stale",  # SIGSTOP, and SIGCONT in the midst of the recovery: it comes back when its place is given away
     "bit_flip",  # in a slot of the rank
     "truncate",  # of a slot of the rank
+    "lose_slot",  # the file of one removed
     "flip_checkpoint",  # one bit in the newest checkpoint on disk
     "truncate_checkpoint",
     "disk_full",  # no rank can write a checkpoint, until one has come to nothing
-    "exception",  # in the user's code
-    "stuck",  # alive and without progress, in the user's code
-    "preempt",  # notice to the rank's node
+    "exception",  # in the thread that trains
+    "oom",  # a MemoryError there
+    "stuck",  # alive and without progress
+    "preempt",  # SIGTERM: notice to leave
 ]
 INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 OF_CHECKPOINTS: frozenset[Injection] = frozenset({"flip_checkpoint", "truncate_checkpoint", "disk_full"})
-WITHOUT_RANK: frozenset[Injection] = frozenset({"kill_all", "kill_spare", *OF_CHECKPOINTS})
+WITHOUT_RANK: frozenset[Injection] = frozenset(
+    {"kill_all", "kill_spare", "kill_controller", "kill_driver", *OF_CHECKPOINTS}
+)
 FAULT_KEYS = ("kind", "rank", "at_step", "every_s", "count")
 
 

@@ -41,15 +41,20 @@ PROMISES: Mapping[Injection, Promise] = {
     "stale": Promise(lost_steps=1, detect_s=2.0, resume_s=3.0),
     "stuck": Promise(lost_steps=1),
     "exception": Promise(lost_steps=1, detect_s=1.0, resume_s=2.0),
-    "preempt": Promise(lost_steps=0),
+    "oom": Promise(lost_steps=1, detect_s=1.0, resume_s=2.0),
+    "preempt": Promise(lost_steps=0, detect_s=0.5, resume_s=1.0),
     "kill_spare": Promise(recovers=False),
     "kill_vault": Promise(recovers=False),
+    "kill_controller": Promise(recovers=False, alarm="controller"),
+    "kill_driver": Promise(recovers=False),
     "bit_flip": Promise(recovers=False),
     "truncate": Promise(lost_steps=1),
+    "lose_slot": Promise(recovers=False),
     "flip_checkpoint": Promise(recovers=False),
     "truncate_checkpoint": Promise(recovers=False),
     "disk_full": Promise(recovers=False, alarm="disk"),
 }
+NOTICED = frozenset({"verdict", "preempted"})  # events that say that ranks cannot go on as they are
 SHRINK_S = 3.0  # to resume where no spare was left
 
 
@@ -63,8 +68,8 @@ def campaign_report(
     """Promise and outcome of every planned fault as plain values, and what recoveries cost in all.
 
     Reads lines of events.jsonl and metrics.jsonl: `fault` with `planned` (index of the fault, told when it is
-    injected), `verdict` (`ranks`), `remedy` (`action`), `formed` (`fenced_unix`), `restored` (`source`,
-    `lost_steps`, and `<phase>_s` where the controller measured them), `run_finished` (`status`).
+    injected), `verdict` and `preempted` (`ranks`), `remedy` (`action`), `formed` (`fenced_unix`), `restored`
+    (`source`, `lost_steps`, and `<phase>_s` where the controller measured them), `run_finished` (`status`).
     """
     told = sorted(events, key=lambda event: float(event["time_unix"]))
     steps = sorted(metrics, key=lambda line: float(line["time_unix"]))
@@ -154,7 +159,7 @@ def _outcome(
     at: float, rank: int, told: Sequence[Record], steps: Sequence[Record], promise: Promise
 ) -> dict[str, Any]:
     after = [event for event in told if float(event["time_unix"]) >= at]
-    verdicts = [e for e in after if e["kind"] == "verdict"]
+    verdicts = [e for e in after if e["kind"] in NOTICED]
     if not promise.recovers:
         # A verdict that another fault explains comes behind that one.
         other = next(
@@ -200,7 +205,7 @@ def _verdicts_of(restored: Record, told: Sequence[Record]) -> int:
     until = float(restored["time_unix"])
     before = [float(e["time_unix"]) for e in told if e["kind"] == "restored" and e["time_unix"] < until]
     since = max(before, default=-math.inf)
-    return sum(e["kind"] == "verdict" and since < e["time_unix"] <= until for e in told)
+    return sum(e["kind"] in NOTICED and since < e["time_unix"] <= until for e in told)
 
 
 def _phases(

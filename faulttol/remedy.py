@@ -39,7 +39,7 @@ class Fault:
     step: int
     signature: str = ""  # of an exception, from `signature_of`; where a rank was stuck
     traceback: str = ""
-    node: str = ""  # id of the node that is lost or announced to be
+    node: str = ""  # id of the node that is lost or announced to be; "" where only processes are
     homes: Mapping[int, str] = field(default_factory=dict)  # rank -> id of its node, for all ranks of the run
     time_s: float = 0.0  # on a clock that all faults of a run share
 
@@ -128,7 +128,7 @@ def remedy_for(
         )
         return Replace(spares={}, sentence=sentence)
     shunned = flapping(fault, history, spares, policy)
-    going = fault.nodes if fault.kind in ("node", "preempted") else frozenset()
+    going = fault.nodes if fault.kind in ("node", "preempted") and fault.node else frozenset()
     usable = [spare for spare in spares if spare.node not in going | shunned]
     said = what_happened(fault) + "".join(
         f"; node {node} had {policy.flaps} faults or more in {policy.window_s:.0f} s and gets no more ranks"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayfold.cluster.inject import Situation
+from rayfold.cluster.inject import Second, Situation
 from rayfold.cluster.strikes import (
     cut_slot,
     damage_checkpoint,
@@ -16,6 +16,7 @@ from rayfold.cluster.strikes import (
     kill_when,
     lift_limit,
     limit_files,
+    lose_slot,
 )
 from rayfold.faulttol.campaign import PlannedFault
 from rayfold.faulttol.header import FILLING, DamagedImage
@@ -70,6 +71,18 @@ def test_a_cut_copy_is_the_newest_and_keeps_its_header(tmp_path: Path) -> None:
     with pytest.raises(DamagedImage):
         Image.open(newer.path).read(0, BYTES)
     assert Image.open(older.path).step == 4
+
+
+def test_the_newest_copy_is_lost_and_its_owner_still_has_it(tmp_path: Path) -> None:
+    """As when a program clears shared memory: the file is gone, and who has it mapped does not notice."""
+    older, newer = (slot_of_step(tmp_path / f"slot-{step}", step) for step in (4, 5))
+    done = lose_slot([older.path, newer.path])
+    assert done is not None
+    assert (done["of_step"], done["file"]) == (5, str(newer.path))
+    assert [path.name for path in tmp_path.iterdir()] == ["slot-4"]
+    newer.begin(BYTES, b"")
+    newer.put(0, np.zeros(BYTES, np.uint8))
+    assert lose_slot([]) is None
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -151,6 +164,35 @@ def test_a_fault_is_due_at_its_step_or_its_time_after_the_first_step() -> None:
     assert [now.is_due(fault, 11.0) for fault in (by_step, by_time)] == [False, False]
     now.learn([{"step": 7, "time_unix": 10.1, "step_time_s": 0.1}], [])
     assert [now.is_due(fault, 12.1) for fault in (by_step, by_time)] == [True, True]
+
+
+def test_a_rank_is_stuck_only_in_a_run_that_knows_its_steps() -> None:
+    """Before, and again where another controller begins to learn them, nobody would find it for minutes."""
+    stuck = PlannedFault(index=0, kind="stuck", rank=0, at_step=2)
+    now = Situation()
+    steps = [{"step": step, "time_unix": float(step), "step_time_s": 0.1} for step in range(1, 9)]
+    now.learn(steps[:5], [])
+    assert not now.is_due(stuck, 1e9)
+    now.learn(steps[5:], [])
+    assert now.is_due(stuck, 1e9)
+    now.learn([], [{"kind": "fault", "class": "controller", "time_unix": 9.0}])
+    assert not now.is_due(stuck, 1e9)
+
+
+def test_nothing_is_injected_until_a_killed_controller_has_a_successor() -> None:
+    """What befell a rank meanwhile would be noticed by nobody, and that is no promise of its fault."""
+    second, now = Second("kill_controller", [7], since_unix=10.0), Situation()
+    now.learn([], [{"kind": "fault", "class": "controller", "time_unix": 9.0}])
+    assert second.do(now) is None
+    now.learn([], [{"kind": "fault", "class": "controller", "time_unix": 11.0}])
+    assert second.do(now) == {"message": "another one has taken over", "pids": [7]}
+
+
+def test_ranks_that_leave_are_a_recovery_too() -> None:
+    """A kill may fall into it as into any other."""
+    now = Situation()
+    now.learn([], [{"kind": "formed", "time_unix": 1.0}, {"kind": "preempted", "time_unix": 2.0}])
+    assert now.recovering
 
 
 def test_a_fault_is_made_up_for_when_ranks_have_formed_and_a_new_step_is_done() -> None:

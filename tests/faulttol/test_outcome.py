@@ -72,6 +72,8 @@ def test_phases_that_the_controller_measured_count() -> None:
 SLOW = [{**e, "time_unix": e["time_unix"] + 0.9} for e in recovery(10.0)]
 STOPPED = [*recovery(10.0)[:1], event("remedy", 10.2, action="stop", sentence="no spare is left")]
 
+LEFT = [event("preempted", 10.1, ranks=[3], sentence="rank 3 got notice to leave"), *recovery(10.0)[1:]]
+
 
 @pytest.mark.parametrize(
     ("kind", "events", "steps", "problem"),
@@ -90,6 +92,11 @@ STOPPED = [*recovery(10.0)[:1], event("remedy", 10.2, action="stop", sentence="n
         ("bit_flip", [], AFTER, ""),
         ("kill_vault", recovery(10.0), AFTER, "training was disturbed: rank 3 died"),
         ("preempt", recovery(10.0, lost_steps=1), AFTER, "lost 1 steps, promised at most 0"),
+        ("preempt", LEFT, AFTER, ""),
+        ("preempt", [*LEFT[:1], STOPPED[1]], [], "no recovery: no spare is left"),
+        ("lose_slot", LEFT, AFTER, "training was disturbed: rank 3 got notice to leave"),
+        ("kill_controller", [event("fault", 11.0, **{"class": "controller", "message": "x"})], AFTER, ""),
+        ("kill_controller", [], AFTER, 'the run told of no fault of class "controller"'),
         ("disk_full", [event("fault", 12.0, **{"class": "disk", "message": "full"})], AFTER, ""),
         ("disk_full", [], AFTER, 'the run told of no fault of class "disk"'),
         (

@@ -56,6 +56,7 @@ def decided(this: Fault, history: Sequence[Fault] = (), **more: Any) -> Remedy:
             {2: ON_A, 3: ON_C},
         ),  # none on a lost node
         (fault("preempted", ranks=(2,), node="b"), [ON_B, ON_C], {2: ON_C}),
+        (fault("preempted", ranks=(2,)), [ON_C, ON_B], {2: ON_B}),  # only its process is to go
         (fault("node", ranks=(), node="z"), [], {}),  # nothing of the layout is lost
     ],
 )
