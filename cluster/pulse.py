@@ -1,14 +1,18 @@
 """Which nodes are lost: nobody there answers, neither the vault nor a rank.
 
 Ray finds out for itself, after 13 seconds where its own process on the node was killed and after a minute
-where the node was cut off. Questions that nobody waits for find out sooner.
+where the node was cut off. Questions that nobody waits for find out sooner. A vault that is silent while
+its ranks answer is stuck or stopped, and the run is not protected meanwhile: it is started again.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
+
+logger = logging.getLogger(__name__)
 
 # A process that only has to wait for its turn of a crowded processor answers within a few tenths of a second,
 # and a vault and all ranks of a node at once do not all wait long.
@@ -19,6 +23,8 @@ UNWATCHED_S = (
     0.5  # nobody looked for so long (the machine slept, or this process did): silence is no sign then
 )
 ASK_EVERY_S = 0.2
+STUCK_S = 10.0  # the vault is silent and its ranks answer: no load of a machine holds up one so much longer
+ANEW_S = 300.0  # for one that was killed to be there again: seconds, and minutes where the machine is crowded
 
 
 class Pulse:
@@ -30,6 +36,7 @@ class Pulse:
     def __init__(self) -> None:
         self._heard: dict[str, float] = {}  # node -> when somebody there answered
         self._broken: set[str] = set()  # nodes with a broken connection since then
+        self._vault_until: dict[str, float] = {}  # node -> until then its vault need not answer
         self._asked: dict[Any, tuple[str, Any]] = {}  # reference -> node and who was asked
         self._next: dict[str, float] = {}  # node -> when its vault is asked again
         self._looked = 0.0
@@ -43,8 +50,9 @@ class Pulse:
         """
         if now - self._looked > UNWATCHED_S:
             self._heard = dict.fromkeys(self._heard, now)
+            self._vault_until = {n: max(until, now + STUCK_S) for n, until in self._vault_until.items()}
         self._looked = now
-        watched = self._hear(now)
+        watched = self._hear(now, vaults)
         lost = []
         for node, vault in vaults.items():
             silent_s = now - self._heard.setdefault(node, now)
@@ -56,6 +64,10 @@ class Pulse:
                     self._ask(node, worker, "place")
             if silent_s > (BROKEN_S if node in self._broken else SILENT_S):
                 lost.append(node)
+            elif now > self._vault_until.setdefault(node, now + STUCK_S) and silent_s <= SUSPECT_S:
+                self._vault_until[node] = now + ANEW_S
+                logger.warning("node=%s its vault is silent and its ranks are not: it is started again", node)
+                ray.kill(vault, no_restart=False)
         return lost, watched
 
     def in_doubt(self, nodes: Iterable[str]) -> bool:
@@ -70,6 +82,7 @@ class Pulse:
         """A node that is gone."""
         self._heard.pop(node, None)
         self._next.pop(node, None)
+        self._vault_until.pop(node, None)
         self._broken.discard(node)
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked[0] != node}
 
@@ -77,19 +90,22 @@ class Pulse:
         if not any(asked is actor for _, asked in self._asked.values()):
             self._asked[getattr(actor, what).remote()] = node, actor
 
-    def _hear(self, now: float) -> dict[str, set[int]]:
+    def _hear(self, now: float, vaults: Mapping[str, Any]) -> dict[str, set[int]]:
         watched: dict[str, set[int]] = {}
         if not self._asked:
             return watched
         for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0]:
-            node, _ = self._asked.pop(ref)
+            node, who = self._asked.pop(ref)
             try:
                 answer = ray.get(ref)
-            except (RayActorError, RayTaskError):  # started again, or its node is gone
+            except RayError:  # started again, or its node is gone: then Ray may also have nowhere to start it
                 self._broken.add(node)
+                if who is vaults.get(node):
+                    self._vault_until[node] = now + ANEW_S
                 continue
             self._heard[node] = now
             self._broken.discard(node)
             if isinstance(answer, set):
                 watched[node] = answer
+                self._vault_until[node] = now + STUCK_S
         return watched
