@@ -46,7 +46,7 @@ class Controller:
         run = session or f"rayfold-{owner[:12]}"  # the same in its next life
         self._course = Course(
             self._plan,
-            crew=Crew(self._plan, home, self._myself, run=run),
+            crew=Crew(self._plan, home, self._myself, run=run, record=self._record),
             record=self._record,
             ledger=Ledger(run_dir / LEDGER, owner=owner),
         )
@@ -91,7 +91,7 @@ class Controller:
 
     @ray.method(concurrency_group="control")
     def notice(self, notice: Any) -> None:
-        """Take in what a vault has seen of a process."""
+        """Take in what a vault has seen of a process, or that one was asked to leave."""
         self._course.tell(notice)
 
     @ray.method(concurrency_group="control")

@@ -15,10 +15,12 @@ from ..faulttol.remedy import Fault, Shrink
 from ..faulttol.verdict import Failure, Verdict
 from ..runtime.journal import SUMMARY
 from ..runtime.plan import RunPlan
+from .coldstart import Former
 from .crew import GONE, Crew
 from .fleet import FleetError, Interrupted, StartGivenUp
 from .ledger import Ledger
 from .mending import Mending, Move
+from .notice import Asked
 from .record import Record
 from .states import BEFORE_THE_RANKS, ENDS, TRANSITIONS, WITH_AN_EPOCH, State
 from .stuck import Lookout
@@ -42,6 +44,7 @@ class Course:
         self._ledger = ledger
         self._stop = threading.Event()
         self._mending = Mending(crew, record, self._go)
+        self._reached = 0  # the last step of ranks that have ended
         self._parting = ""  # why it was stopped, if not by the user
         self._lives = [time.time()]  # when each controller of this run began
 
@@ -55,9 +58,13 @@ class Course:
                 self._go(State.RUNNING)
                 end = self._train()
                 if isinstance(end, State):
-                    return self._finish(end)
+                    return self._come_to_an_end(end)
                 verdict = self._mend(end)
-            return self._finish(State.FAILED, verdict) if verdict is not None else self._summary()
+            if verdict is None:
+                return self._summary()
+            if self._crew.recovers:
+                self._crew.rescue()
+            return self._finish(State.FAILED, verdict)
         except StartGivenUp:
             return self._finish(State.STOPPED)
         except (FleetError, Interrupted) as error:
@@ -71,8 +78,10 @@ class Course:
         """Stop cleanly: after the step the ranks are in, with a checkpoint."""
         self._stop.set()
 
-    def tell(self, notice: Notice) -> None:
-        """Take in what a vault has seen of a process; called by another thread."""
+    def tell(self, notice: Notice | Asked) -> None:
+        """Take in what a vault has seen of a process, or that one was asked to leave; called by another
+        thread.
+        """
         self._crew.tell(notice)
 
     @property
@@ -82,6 +91,7 @@ class Course:
 
     def _begin(self) -> Verdict | None:
         """Ranks that have formed, unless the run has an end; the verdict of one that cannot go on."""
+        self._crew.inherit(Former.found_in(self._ledger, self._plan.config))
         if (left := self._ledger.read()) is not None:
             was = State(left["state"])
             if was in ENDS:
@@ -100,6 +110,8 @@ class Course:
             return verdict
         self._go(State.STARTING)
         self._crew.start(self._stop.is_set)
+        for message in self._crew.come_into_memory(recorded=self._record.last_step):
+            self._record.event("snapshot", message=message)
         self._go(State.FORMING)
         self._mending.form(self._stop.is_set)
         if self._stop.is_set():
@@ -156,23 +168,28 @@ class Course:
             ends = self._crew.ends(lambda: self._record.step + 1, timeout_s=LOOK_EVERY_S)
             if failures := [end for end in ends if isinstance(end, Failure)]:
                 return failures
-            statuses |= {end["outcome"]["status"] for end in ends if not isinstance(end, Failure)}
+            for end in ends:
+                if not isinstance(end, Failure):
+                    statuses.add(end["outcome"]["status"])
+                    self._reached = max(self._reached, end["outcome"]["step"])
             if stuck := lookout.stuck():
                 return stuck
             if self._stop.is_set() and not stopping:
                 stopping = True
                 self._go(State.STOPPING)
                 self._crew.stop()
-            if time.monotonic() - upkeep_at > UPKEEP_EVERY_S:
+            due = time.monotonic() - upkeep_at > UPKEEP_EVERY_S
+            if due:
                 upkeep_at = time.monotonic()
                 self._look_after()
-                if not stopping and not self._record.recovering and (change := self._change()) is not None:
-                    return change
+            may_change = (due or self._crew.asked) and not stopping and not self._record.recovering
+            if may_change and (change := self._change()) is not None:
+                return change
         return State.STOPPED if "stopped" in statuses else State.FINISHED
 
     def _change(self) -> Shrink | Move | None:
         """How the run should go on otherwise than it does, though no rank is lost."""
-        if self._plan.config.run.address != "local" and (leaving := self._crew.leaving()) is not None:
+        if (leaving := self._crew.leaving()) is not None:
             remedy = self._mending.about(leaving)
             if isinstance(remedy, Move):
                 return remedy
@@ -194,6 +211,17 @@ class Course:
     def _tell_protection(self) -> None:
         for news in self._crew.protection_news():
             self._record.event("snapshot", **news)
+
+    def _come_to_an_end(self, state: State) -> dict[str, Any]:
+        """Have the last step on disk, without which a run has not ended well; the summary."""
+        if not self._crew.recovers:  # its ranks have written it
+            return self._finish(state)
+        self.phase = "writing the last checkpoint"
+        if not self._reached or (problem := self._crew.make_durable(self._reached)) is None:
+            return self._finish(state)
+        sentence = f"the last checkpoint could not be written: {problem}; the one before still stands"
+        verdict = Verdict(sentence=sentence, ranks=[], cls="disk", step=self._reached, evidence={})
+        return self._finish(State.FAILED, verdict)
 
     def _finish(self, state: State, verdict: Verdict | None = None) -> dict[str, Any]:
         self._go(state)
@@ -231,6 +259,7 @@ class Course:
                 "lives": self._lives,
                 "history": [asdict(fault) for fault in self._mending.history],
                 "crew": self._crew.as_values(),
+                "memory": self._crew.memory_values(),
             }
         )
 

@@ -4,24 +4,29 @@ Nothing here decides: what failed is told as values, and a remedy is carried out
 """
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ..faulttol.remedy import Replace, Shrink, Spare
 from ..faulttol.verdict import Failure
+from ..runtime.checkpoint.shelf import Shelf
 from ..runtime.config import check_config
 from ..runtime.plan import RunPlan, make_run_plan
+from .coldstart import Former, come_into_memory, give_back
+from .durable import WRITER, Durable
 from .fleet import Fleet, form, start_fleet
 from .home import Home
 from .losses import Losses, short_name
 from .meeting import Meeting
-from .notice import Leaving, draining_nodes
+from .notice import Asked, Leaving, draining_nodes
 from .protect import Protector
+from .record import Record
 from .recovery import with_layout
 from .vault import Vaults, node_name
 from .watch import Notice, seen_of
@@ -38,23 +43,28 @@ SETTLED = frozenset(  # all groups stand by then
 class Crew:
     """Workers, spares, vaults and the store of a run."""
 
-    def __init__(self, plan: RunPlan, home: Home, controller: Any, *, run: str) -> None:
+    def __init__(self, plan: RunPlan, home: Home, controller: Any, *, run: str, record: Record) -> None:
         """`run` begins the names of all that belongs to this run: the embedded session of the command, or a
         name that no other run in the cluster has.
         """
         self.plan = self._whole = plan
-        self.epoch = 0
+        self.epoch = self._before = 0  # epochs before the first of this run
+        self._former = Former()
         self._controller = controller
         self._node = ray.get_runtime_context().get_node_id()
         self._fleet: Fleet | None = None
         self._home = home
         self._run = os.path.basename(run)
         self._vaults = Vaults(home, controller, plan.config.snapshot, own_node=self._node, session=run)
-        self._protector = Protector(self._vaults)
+        turns = threading.Lock()
+        self._protector = Protector(self._vaults, turns)
+        shelf = Shelf(plan.config.run_dir / "checkpoints", keep=plan.config.checkpoint.keep, writer=WRITER)
+        self._durable = Durable(self._vaults, shelf, record, turns)
         self._losses = Losses(self._vaults, own_node=self._node, recovers=self.recovers)
         self._running: dict[Any, int] = {}
         self._meeting: Meeting | None = None
         self._draining: dict[str, float | None] = {}  # nodes that will be taken away, as last told
+        self._asked: set[str] = set()  # workers that were asked to leave, by name
         self._status: Any = None
         self._killed: Any = None  # a vault's answer about the process it ended last
 
@@ -79,6 +89,28 @@ class Crew:
         """Nodes that are gone."""
         return self._losses.nodes
 
+    def inherit(self, former: Former) -> None:
+        """Count epochs on from a run in the same folder that came to no end; before `start`."""
+        self.epoch = self._before = former.epoch
+        self._former = former
+        if self.recovers and not former.other:
+            self._vaults.former = former.runs
+
+    def come_into_memory(self, *, recorded: int) -> tuple[str, ...]:
+        """Take over what that run has left on the nodes, or give it back; what there is to tell of it.
+        `recorded` is the last step in the record. After `start`.
+        """
+        former, self._former = self._former, Former()
+        if not former.runs:
+            return ()
+        if not self.recovers or former.other:
+            return give_back(former, former.other or "snapshot.enabled = false").messages
+        came = come_into_memory(self._vaults, former, recorded=recorded)
+        self._vaults.untold = came.lines
+        if came.left:
+            self._former = former  # for the run after this one
+        return came.messages
+
     def start(self, given_up: Callable[[], bool]) -> None:
         """Start the workers and the store where they meet. Raises FleetError and StartGivenUp."""
         self._meeting = self._open_meeting()  # imports torch, as the workers do meanwhile
@@ -93,6 +125,18 @@ class Crew:
         plan = self.plan.config.to_dict()
         lost = sorted(self.lost_nodes)
         return {"epoch": self.epoch, "plan": plan, "lost_nodes": lost, "fleet": self._fleet.as_values()}
+
+    def memory_values(self) -> dict[str, Any]:
+        """What a run after this one needs to find its memory (`coldstart.py`), as plain values."""
+        former = self._former
+        return {
+            "runs": [self._run, *former.runs],
+            "folder": os.path.abspath(self.plan.config.run_dir),
+            "plan": self.plan.config.to_dict(),
+            "other": former.other,
+            "epoch": self.epoch,
+            "before": self._before,
+        }
 
     def take_over(self, values: dict[str, Any], *, in_epoch: bool) -> list[int]:
         """Be the crew of a run whose controller was lost; the ranks whose processes are gone. Without
@@ -124,7 +168,7 @@ class Crew:
 
     def form(self, given_up: Callable[[], bool], lost: Callable[[], bool]) -> dict[str, Any]:
         """Let the ranks find each other in a new epoch; what to tell of it. Raises as `fleet.form` does."""
-        if not self.epoch:
+        if self.epoch == self._before:
             self.fence_off()
         form(
             self.fleet.members,
@@ -136,6 +180,7 @@ class Crew:
         )
         return {
             "epoch": self.epoch,
+            **({"epochs_before": self._before} if self._before else {}),
             "world_size": self.plan.layout.world_size,
             "layout": str(self.plan.layout),
             "nodes": [member.place.node for member in self.fleet.members],
@@ -150,20 +195,25 @@ class Crew:
             self._losses.follow(spare)
         homes = [node_name(member.place.node) for member in self.fleet.members]
         elsewhere = self._protector.elsewhere(homes) if self.recovers else []
+        durable = self._durable.step
         self._running = {
             member.actor.train.remote(
                 epoch=self.epoch,
                 rank=rank,
                 plan=values,
                 controller=self._controller,
-                memory=self._vaults.memory(member.place.node, recorded=recorded, elsewhere=elsewhere)
+                memory=self._vaults.memory(
+                    member.place.node, recorded=recorded, durable=durable, elsewhere=elsewhere
+                )
                 if self.recovers
                 else None,
             ): rank
             for rank, member in enumerate(self.fleet.members)
         }
+        self._losses.listen(self._running)
         if self.recovers:
             self._protector.begin(self.epoch, homes)
+            self._durable.begin(self.epoch, homes)
 
     @property
     def training(self) -> list[int]:
@@ -176,7 +226,8 @@ class Crew:
         """
         found: list[dict[str, Any] | Failure] = list(self._noticed(step()))
         if not found and self._running:
-            done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+            self._losses.await_news(timeout_s)
+            done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
             at = step()
             found += [self._result(ref, self._running.pop(ref), at) for ref in done]
             found += self._noticed(at)
@@ -186,9 +237,12 @@ class Crew:
         """Whether something was noticed of a rank that nobody has asked about yet."""
         return self._losses.noticed_any(self.fleet)
 
-    def tell(self, notice: Notice) -> None:
-        """Take in what a vault has seen; called by another thread."""
-        self._losses.tell(notice)
+    def tell(self, notice: Notice | Asked) -> None:
+        """Take in what a vault has seen, or that a worker was asked to leave; called by another thread."""
+        if isinstance(notice, Asked):
+            self._asked.add(notice.worker)
+        else:
+            self._losses.tell(notice)
 
     def answers(self, rank: int) -> bool:
         """Whether a rank's process answers."""
@@ -223,7 +277,8 @@ class Crew:
             self._losses.follow(spare)
         dead = self._losses.dead_spares(self.fleet)
         wanted = self.fleet.spares_wanted + self.missing  # those that would make the run whole again
-        self.fleet.add_spares(max(0, wanted - self.fleet.spares_in_all), avoid=self._draining)
+        missing = max(0, wanted - self.fleet.spares_in_all)
+        self.fleet.add_spares(missing, avoid=self._draining, in_background=True)
         return dead
 
     def start_anew(self) -> list[Spare]:
@@ -237,16 +292,23 @@ class Crew:
         )
         return self.spares()
 
+    @property
+    def asked(self) -> list[int]:
+        """Ranks whose processes were asked to leave, each by itself."""
+        return [rank for rank, member in enumerate(self.fleet.members) if member.name in self._asked]
+
     def leaving(self) -> Leaving | None:
-        """A node that will be taken away and has ranks, if Ray knows of one; its spares are ended."""
-        self._draining = draining_nodes()
-        for spare in [one for one in self.fleet.spares() if one.place.node in self._draining]:
-            self._losses.drop(self.fleet, spare)
+        """A node that will be taken away and has ranks, if Ray knows of one, or ranks that were asked to
+        leave; spares to which that happens are ended.
+        """
+        if self.plan.config.run.address != "local":  # an embedded session is no node that anybody drains
+            self._draining = draining_nodes()
+        self.spares()
         for node, deadline_unix in self._draining.items():
             ranks = [rank for rank, member in enumerate(self.fleet.members) if member.place.node == node]
             if ranks:
                 return Leaving(node=node, ranks=tuple(ranks), deadline_unix=deadline_unix)
-        return None
+        return Leaving(node="", ranks=tuple(asked), deadline_unix=None) if (asked := self.asked) else None
 
     def end(self, ranks: Iterable[int]) -> None:
         """End the processes of ranks that have left their epoch."""
@@ -256,6 +318,7 @@ class Crew:
     def fence_off(self) -> None:
         """Begin the next epoch: whoever belongs to the last can no longer join, commit or record."""
         self._protector.pause()
+        self._durable.pause()
         self.epoch = self._met().next_epoch()
 
     def break_off(self, lost: Iterable[int], *, step_s: float, step: int) -> list[Failure]:
@@ -296,13 +359,16 @@ class Crew:
             return None
         try:
             seen: float | None = ray.get(asked)
-        except (RayActorError, RayTaskError):
+        except RayError:
             return None
         return seen
 
     def spares(self) -> list[Spare]:
         """Processes that could take a rank's place this instant."""
         self._losses.drop_dead_spares(self.fleet)
+        for spare in list(self.fleet.spares()):
+            if spare.name in self._asked or spare.place.node in self._draining:
+                self._losses.drop(self.fleet, spare)
         return [Spare(spare.id, short_name(spare.place.node)) for spare in self.fleet.spares()]
 
     def spare_pids(self) -> dict[str, int]:
@@ -349,6 +415,16 @@ class Crew:
         """The newest step that outlives the loss of a node; None where there is none."""
         return self._protector.safe_step if self._protector.safe_step >= 0 else None
 
+    def make_durable(self, step: int) -> str | None:
+        """Have the last step on disk, as its ranks have ended; why it is not, or None."""
+        self._protector.pause()
+        return self._durable.finish(step)
+
+    def rescue(self) -> None:
+        """Have on disk what is in memory, if that is newer, as the run cannot go on."""
+        self._protector.pause()
+        self._durable.rescue()
+
     @property
     def in_doubt(self) -> bool:
         """Whether a node is silent and may turn out to be lost."""
@@ -361,6 +437,7 @@ class Crew:
     def close(self) -> None:
         """End all that was started and remove the files of the run's memory."""
         self._protector.close()
+        self._durable.close()
         if self._fleet is not None:
             self._fleet.end()
         self._vaults.close()

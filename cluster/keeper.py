@@ -1,7 +1,8 @@
-"""What a vault does for other nodes: it pins steps of its ranks, stores parities, serves and makes again.
+"""What a vault does with its files: it pins steps of its ranks, stores parities, serves, makes again, and
+writes checkpoints.
 
-Rounds are driven by the controller (`protect.py`), step by step; a vault pulls what it needs from the other
-vaults. Everything it must remember is in its files. No torch here, a vault is light.
+Rounds are driven by the controller (`protect.py`, `durable.py`), step by step; a vault pulls what it needs
+from the other vaults. Everything it must remember is in its files. No torch here, a vault is light.
 """
 
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from ..faulttol.coding import Fetch, Want, make_again, parity_pieces
 from ..faulttol.header import DamagedImage, ImageError
@@ -19,12 +20,14 @@ from ..faulttol.listing import Listed, images_in
 from ..faulttol.pins import Held, Pins, read_span
 from ..faulttol.protection import PROTECTS, Parity, Recipe
 from ..faulttol.vault import Vault, rank_of
+from ..runtime.checkpoint.streaming import Holding, Share, Wrote, look_at, write_share
 
 FETCH_S = 60.0  # for one piece of each block, all at once, over a network of a few MB/s
 LOOK_EVERY_S = 0.02  # at slots of the node while a step is awaited: a small fraction of the quickest steps
+DUE_LOOK_S = 0.05  # at whether a step is due on disk: a moment of what writing one takes
 CANCEL_LOOK_S = 0.2  # how soon a round that was given up ends, whatever it waits for
 
-GROUPS = {"serve": 4, "protect": 1, "rebuild": 1}  # threads: others are served while one pulls
+GROUPS = {"serve": 4, "protect": 1, "rebuild": 1, "disk": 1}  # threads: others are served while one pulls
 
 
 class Cannot(ImageError):
@@ -39,6 +42,7 @@ class Keeper:
         self._vault: Vault | None = None
         self._lock = threading.Lock()
         self._given_up = threading.Event()  # of the round under way; each round has its own
+        self._writing_given_up = threading.Event()  # likewise of a checkpoint
 
     @ray.method(concurrency_group="serve")
     def piece(self, want: Want) -> bytes:
@@ -60,6 +64,43 @@ class Keeper:
     def give_up(self) -> None:
         """End the round under way."""
         self._given_up.set()
+
+    @ray.method(concurrency_group="disk")
+    def due(self, ranks: Sequence[int], wait_s: float) -> int | None:
+        """As `Pins.due`, within `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        # found anew at each look: files may not be made yet
+        while (step := Pins(self._folder, ranks, None).due()) is None and time.monotonic() < deadline:
+            time.sleep(DUE_LOOK_S)
+        return step
+
+    @ray.method(concurrency_group="disk")
+    def whole(self, ranks: Sequence[int]) -> set[int]:
+        """As `Pins.whole`, of any epoch."""
+        return Pins(self._folder, ranks, None).whole()
+
+    @ray.method(concurrency_group="disk")
+    def holdings(self, ranks: Sequence[int], step: int) -> dict[int, Holding]:
+        """What the images of a step hold, by rank. Raises Unusable and DamagedImage."""
+        self._writing_given_up = threading.Event()
+        pins = Pins(self._folder, ranks, None)
+        return {rank: look_at(pins.image_of(rank, step), step) for rank in ranks}
+
+    @ray.method(concurrency_group="disk")
+    def write_down(self, shares: Sequence[Share], folder: Path) -> list[Wrote]:
+        """As `write_share`, for each."""
+        given_up = self._writing_given_up
+        return [write_share(share, folder, given_up.is_set) for share in shares]
+
+    @ray.method(concurrency_group="serve")
+    def wrote(self, ranks: Sequence[int], step: int) -> None:
+        """As `Pins.wrote`."""
+        Pins(self._folder, ranks, None).wrote(step)
+
+    @ray.method(concurrency_group="serve")
+    def give_up_writing(self) -> None:
+        """End the checkpoint under way."""
+        self._writing_given_up.set()
 
     @ray.method(concurrency_group="protect")
     def newest(self, ranks: Sequence[int], epoch: int) -> int | None:
@@ -182,6 +223,6 @@ class Keeper:
             found: bytes = ray.get(ref)
         except RayTaskError as error:
             return Cannot(f"node {want.node}: {error.cause}")
-        except RayActorError as error:
+        except RayError as error:
             return Cannot(f"node {want.node} does not answer ({type(error).__name__})")
         return found

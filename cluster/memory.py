@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from .machine import machine_bytes
 
@@ -34,9 +35,12 @@ class Memory:
     recorded: int  # last step in the record of the run
     vaults: dict[str, Any]  # of every node by name
     elsewhere: "tuple[Listed, ...]" = ()  # images on nodes that have no rank
+    untold: tuple[Mapping[str, Any], ...] = ()  # lines of steps that are in no record
+    writes: bool = False  # whether the vaults write checkpoints
+    durable: int = 0  # newest step on disk
 
-    def place(self, epoch: int) -> "SnapshotPlace":
-        """The same for the trainer, in `epoch`."""
+    def place(self, epoch: int, leaving: Callable[[], bool] = lambda: False) -> "SnapshotPlace":
+        """The same for the trainer, in `epoch`, until it is `leaving` that."""
         from ..runtime.place import SnapshotPlace
 
         return SnapshotPlace(
@@ -49,6 +53,9 @@ class Memory:
             elsewhere=self.elsewhere,
             newest=self.recorded,
             recorded=self.recorded,
+            writes=self.writes,
+            durable=self.durable,
+            leaving=leaving,
         )
 
     def _reserve(self, rank: int, nbytes: int) -> "RankFiles":
@@ -79,7 +86,7 @@ class Memory:
         except RayTaskError as error:
             copy.unlink()
             raise OSError(f"{where}: {error.cause}") from None
-        except (RayActorError, GetTimeoutError) as error:
+        except RayError as error:
             copy.unlink()
             raise OSError(f"{where}: its node does not answer ({type(error).__name__})") from None
         return copy

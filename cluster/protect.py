@@ -13,16 +13,16 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from ..faulttol.listing import Listed
 from ..faulttol.placement import Group, protection_for
 from ..faulttol.protection import NotProtected, Parity, Recipe, Stored, orders, recipes
+from .rounds import ANSWER_S, Epoch, NoAnswer, RoundFailed, Rounds, answer_of
 from .vault import Vaults
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 DUTY = 0.2  # part of the time that rounds may take: two passes of checksums at full speed take a core
 PAUSE_S = 0.25  # at least: a round of a small state is a few dozen short calls, and they all wake somebody
 REACHED_S = 1.0  # a vault looks so long for an awaited step before it is asked again
-LOOK_EVERY_S = 0.1  # at whether a round is to be given up
-ANSWER_S = 30.0  # for a call that moves no state, on a machine that is busy
+SLOTS_FOR_ONE = 3  # copies of a rank that suffice for rounds of one kind at a time
 STORED_S = 5.0  # for a look at what lies on a node, while the run waits
 ROUND_S = 900.0  # for pulling what a node stores of others: 100 GB over a network of 1 Gbit/s
 MAKE_AGAIN_S = 300.0  # the run waits for this one; a checkpoint is read sooner
@@ -39,58 +38,32 @@ MOST_AHEAD = 64  # steps: a round that finds its step overwritten awaits a later
 FAILURES_TOLD = 3  # rounds that fail in a row before it is told: one is an accident
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """Whose steps are protected."""
-
-    number: int
-    homes: tuple[str, ...]  # node of each rank
-
-
-class RoundFailed(RuntimeError):
-    """A round came to nothing; what it was to protect is as safe as before."""
-
-
-class Protector:
+class Protector(Rounds):
     """Protects the state of a run on several nodes. Its methods are called by the controller's threads."""
 
-    def __init__(self, vaults: Vaults) -> None:
+    def __init__(self, vaults: Vaults, turns: threading.Lock) -> None:
+        """`turns`: held by whoever pins steps; ranks have no slots for more than one of them."""
         self.safe_step = -1  # the newest that outlives the loss of a node; -1: none yet
-        self._vaults = vaults
-        self._changed = threading.Condition()
-        self._epoch: _Epoch | None = None  # None: no rounds
-        self._busy = False
-        self._closed = False
+        self._turns = turns
         self._ahead, self._failures = 1, 0
         self._worked_s = 0.0  # of the last round, without its wait for a step
         self._turn: int | None = None  # of the names that parities get; None: not known which are free
         self._released = 0  # the last epoch in which what was kept for others was let go
         self._level: bool | None = None  # whether the run was last said to be protected
         self._news: list[dict[str, Any]] = []
-        self._thread = threading.Thread(target=self._run, name="protect", daemon=True)
-        self._thread.start()
+        super().__init__(vaults, name="protect")
 
     def begin(self, epoch: int, homes: Sequence[str]) -> None:
         """Protect what the ranks of `epoch` commit; `homes` is the node of each."""
         with self._changed:
-            self._epoch = _Epoch(epoch, tuple(homes))
             self._failures, self._ahead = 0, 1
-            self._changed.notify_all()
+        super().begin(epoch, homes)
 
     def pause(self) -> None:
         """No rounds until `begin`; one that is under way ends soon, and comes to nothing."""
-        with self._changed:
-            self._epoch = None
-            self._changed.notify_all()
+        super().pause()
         for actor in self._vaults.actors().values():
             actor.give_up.remote()
-
-    def close(self) -> None:
-        """End the thread."""
-        with self._changed:
-            self._epoch, self._closed = None, True
-            self._changed.notify_all()
-        self._thread.join(ANSWER_S)
 
     def take_news(self) -> list[dict[str, Any]]:
         """Changes of the level since the last call, as fields of events."""
@@ -108,7 +81,7 @@ class Protector:
         names = f"{', '.join(sorted(lost))} {'is' if len(lost) == 1 else 'are'} lost"
         try:
             told = "; ".join(self._make_again(lost))
-        except NotProtected as error:
+        except (NoAnswer, NotProtected) as error:
             told = f"what was there cannot be had from memory: {error}"
         self._unprotected(f"node {names}")
         with self._changed:
@@ -122,7 +95,7 @@ class Protector:
         calls = {each.node: actors[lost[each.node]].make_again.remote(each, actors) for each in made}
         ray.wait(list(calls.values()), num_returns=len(calls), timeout=MAKE_AGAIN_S)
         for node, ref in calls.items():
-            _value(lost[node], ref, MAKE_AGAIN_S)
+            answer_of(lost[node], ref, MAKE_AGAIN_S)
         return [_sentence(recipe, lost[recipe.node]) for recipe in made]
 
     def _stored(self, actors: Mapping[str, Any]) -> list[Stored]:
@@ -132,8 +105,8 @@ class Protector:
         stored = []
         for node, ref in calls.items():
             try:
-                blobs = _value(node, ref, STORED_S)
-            except NotProtected as error:  # perhaps the others suffice
+                blobs = answer_of(node, ref, STORED_S)
+            except NoAnswer as error:  # perhaps the others suffice
                 logger.warning("parities are not seen: %s", error)
                 continue
             stored += [Stored(node, name, Parity.from_json(values)) for name, values in blobs]
@@ -148,37 +121,19 @@ class Protector:
         found: list[Listed] = []
         for node, ref in idle.items():
             try:
-                found += _value(node, ref, STORED_S)
-            except NotProtected as error:
+                found += answer_of(node, ref, STORED_S)
+            except NoAnswer as error:
                 logger.warning("images on a node without ranks are not seen: %s", error)
         return found
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                # no time limit: it ends with `begin` or `close`, and as a daemon with the process
-                self._changed.wait_for(lambda: self._epoch is not None or self._closed)
-                if self._closed:
-                    return
-                epoch = self._epoch
-                self._busy = True
-            self._worked_s = 0.0
-            if epoch is not None:
-                self._try_round(epoch)
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                pause_s = max(PAUSE_S, self._worked_s * (1 / DUTY - 1))
-                self._changed.wait_for(lambda: self._epoch is not epoch or self._closed, pause_s)  # noqa: B023
-
-    def _try_round(self, epoch: _Epoch) -> None:
+    def _round(self, epoch: Epoch) -> float:
+        self._worked_s = 0.0
         try:
             problem = self._cannot()
             if problem is not None:
                 self._unprotected(problem)
                 self._release(epoch)
-                return
-            if (step := self._round(epoch)) is not None:
+            elif (step := self._protect(epoch)) is not None:
                 self._failures = 0
                 self._protected(step)
         except (RoundFailed, NotProtected) as error:
@@ -186,6 +141,7 @@ class Protector:
             self._failures += 1
             if self._failures == FAILURES_TOLD and self._goes_on(epoch):
                 self._unprotected(str(error))
+        return max(PAUSE_S, self._worked_s * (1 / DUTY - 1))
 
     def _cannot(self) -> str | None:
         """Why there is nothing to do."""
@@ -195,25 +151,22 @@ class Protector:
             return f"its ranks have {self._vaults.slots} slots, and 3 are needed (snapshot.slots = 0 or 3)"
         return None
 
-    def _round(self, epoch: _Epoch) -> int | None:
+    def _protect(self, epoch: Epoch) -> int | None:
         """Protect one step more, which is returned; None where there is none yet."""
         actors = self._vaults.actors()
         groups = protection_for(self._vaults.nodes())
-        ranks = _ranks_on(epoch, actors)
-        at = self._ask(epoch, {n: a.newest.remote(ranks[n], epoch.number) for n, a in actors.items()})
+        ranks = epoch.ranks_on(actors)
+        at = self._ask_all(epoch, {n: a.newest.remote(ranks[n], epoch.number) for n, a in actors.items()})
         if any(step is None for step in at.values()):
             return None
         awaited = max(at.values()) + self._ahead
         try:
             calls = {n: a.wait_for.remote(ranks[n], epoch.number, awaited) for n, a in actors.items()}
-            self._ask(epoch, calls)
+            self._ask_all(epoch, calls)
             step = self._await(epoch, actors, ranks, awaited)
-            began = time.monotonic()
-            names = self._store(epoch, actors, groups, ranks, step)
-            self._worked_s = time.monotonic() - began
-            there = {n: a.still_there.remote(ranks[n], epoch.number, step) for n, a in actors.items()}
-            if not all(self._ask(epoch, there).values()):
-                raise RoundFailed(f"step {step} was overwritten while it was protected")
+            # not sooner: ranks may wait for the disk, and the awaited step for them
+            with self._turns if self._vaults.slots <= SLOTS_FOR_ONE else nullcontext():
+                names = self._keep(epoch, actors, groups, ranks, step)
         except (RoundFailed, NotProtected):
             for node, actor in actors.items():
                 actor.settle.remote(ranks[node], epoch.number, None, ())
@@ -222,22 +175,23 @@ class Protector:
         self.safe_step, turn = step, self._turn or 0
         self._turn = 1 - turn
         settled = {n: a.settle.remote(ranks[n], epoch.number, step, names[n]) for n, a in actors.items()}
-        self._ask(epoch, settled)
+        self._ask_all(epoch, settled)
         return step
 
-    def _release(self, epoch: _Epoch) -> None:
+    def _release(self, epoch: Epoch) -> None:
         """Let go of all that was kept for other nodes, once in an epoch, when its ranks have steps of it."""
         if self._released == epoch.number:
             return
         actors = self._vaults.actors()
-        ranks = _ranks_on(epoch, actors)
-        at = self._ask(epoch, {n: a.newest.remote(ranks[n], epoch.number) for n, a in actors.items()})
+        ranks = epoch.ranks_on(actors)
+        at = self._ask_all(epoch, {n: a.newest.remote(ranks[n], epoch.number) for n, a in actors.items()})
         if None not in at.values():
-            self._ask(epoch, {n: a.settle.remote(ranks[n], epoch.number, -1, ()) for n, a in actors.items()})
+            settled = {n: a.settle.remote(ranks[n], epoch.number, -1, ()) for n, a in actors.items()}
+            self._ask_all(epoch, settled)
             self._released = epoch.number
 
     def _await(
-        self, epoch: _Epoch, actors: Mapping[str, Any], ranks: Mapping[str, list[int]], awaited: int
+        self, epoch: Epoch, actors: Mapping[str, Any], ranks: Mapping[str, list[int]], awaited: int
     ) -> int:
         """The step that all ranks keep because of `awaited`."""
         waiting, steps = dict(actors), set()
@@ -246,7 +200,7 @@ class Protector:
                 node: actor.reached.remote(ranks[node], epoch.number, awaited, REACHED_S)
                 for node, actor in waiting.items()
             }
-            for node, found in self._ask(epoch, calls).items():
+            for node, found in self._ask_all(epoch, calls).items():
                 if found is not None:
                     steps |= found
                     del waiting[node]
@@ -257,9 +211,26 @@ class Protector:
             )
         return steps.pop()
 
+    def _keep(
+        self,
+        epoch: Epoch,
+        actors: Mapping[str, Any],
+        groups: Sequence[Group],
+        ranks: Mapping[str, list[int]],
+        step: int,
+    ) -> dict[str, list[str]]:
+        """As `_store`, of a step that was there all the time."""
+        began = time.monotonic()
+        names = self._store(epoch, actors, groups, ranks, step)
+        self._worked_s = time.monotonic() - began
+        there = {n: a.still_there.remote(ranks[n], epoch.number, step) for n, a in actors.items()}
+        if not all(self._ask_all(epoch, there).values()):
+            raise RoundFailed(f"step {step} was overwritten while it was protected")
+        return names
+
     def _store(
         self,
-        epoch: _Epoch,
+        epoch: Epoch,
         actors: Mapping[str, Any],
         groups: Sequence[Group],
         ranks: Mapping[str, list[int]],
@@ -267,7 +238,7 @@ class Protector:
     ) -> dict[str, list[str]]:
         """Have every node store what it holds of others; the names of its blobs."""
         blocks = {node: group.blocks for group in groups for node in group.ids}
-        held = self._ask(
+        held = self._ask_all(
             epoch,
             {n: a.held.remote(ranks[n], epoch.number, step, blocks[n]) for n, a in actors.items()},
             timeout_s=ROUND_S,
@@ -279,19 +250,12 @@ class Protector:
             newest = max(self._stored(actors), key=lambda s: (s.parity.epoch, s.parity.step), default=None)
             self._turn = int(newest is not None and newest.blob.startswith(newest.parity.name(0)))
         calls = {n: a.store.remote(ordered[n], self._turn, dict(actors)) for n, a in actors.items()}
-        return self._ask(epoch, calls, timeout_s=ROUND_S)
+        return self._ask_all(epoch, calls, timeout_s=ROUND_S)
 
-    def _ask(self, epoch: _Epoch, calls: Mapping[str, Any], *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """The answers of all. Raises RoundFailed when one has none, or when the round is given up."""
-        waiting, deadline = list(calls.values()), time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
-            if not self._goes_on(epoch):
-                raise RoundFailed("it was given up")
-            waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_EVERY_S)[1]
-        return {node: _value(node, ref, timeout_s) for node, ref in calls.items()}
-
-    def _goes_on(self, epoch: _Epoch) -> bool:
-        return self._epoch is epoch
+    def _ask_all(
+        self, epoch: Epoch, calls: Mapping[str, Any], *, timeout_s: float = ANSWER_S
+    ) -> dict[str, Any]:
+        return self._ask(calls, timeout_s=timeout_s, wanted=lambda: self._goes_on(epoch))
 
     def _protected(self, step: int) -> None:
         schemes = Counter(group.scheme for group in protection_for(self._vaults.nodes()))
@@ -309,21 +273,6 @@ class Protector:
             if level != self._level and (level or self._level or len(self._vaults.nodes()) > 1):
                 self._news.append({"protected": level, **fields})
             self._level = level
-
-
-def _ranks_on(epoch: _Epoch, nodes: Iterable[str]) -> dict[str, list[int]]:
-    return {node: [rank for rank, home in enumerate(epoch.homes) if home == node] for node in nodes}
-
-
-def _value(node: str, ref: Any, timeout_s: float) -> Any:
-    if not ray.wait([ref], timeout=0)[0]:
-        raise NotProtected(f"the vault of node {node} did not answer within {timeout_s:.0f} s")
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        raise NotProtected(f"node {node}: {error.cause}") from None
-    except RayError as error:
-        raise NotProtected(f"the vault of node {node} does not answer ({type(error).__name__})") from None
 
 
 def _sentence(recipe: Recipe, target: str) -> str:

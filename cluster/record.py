@@ -105,8 +105,12 @@ class Record:
 
     def event(self, kind: EventKind, **fields: Any) -> None:
         """Something that the controller itself has to tell."""
+        self.event_of(self.step, kind, **fields)
+
+    def event_of(self, step: int, kind: EventKind, **fields: Any) -> None:
+        """The same, of another step than the last that was written down."""
         with self._lock:
-            self._add({"event": self._journal.event(kind, self.step, **fields)})
+            self._add({"event": self._journal.event(kind, step, **fields)})
             self._save()
 
     def begin_epoch(self, epoch: int, formed: dict[str, Any], *, came_unix: float | None) -> None:

@@ -171,7 +171,7 @@ class RankInTrain:
             run=f"rayfold-train-{self._fit}",
             node=self._node[:16],
             folder=str(folder_of(name_of(self._fit, self._node))),
-            slots=config.slots_on(1),  # nothing is stored on other nodes, so one is as good as several
+            slots=config.copies,
             share=config.memory_share,
             beside=0.0,
             recorded=recorded,

@@ -1,13 +1,15 @@
 """One actor on each node that has workers: it keeps the node's files of state and watches its processes.
 
 It belongs to the run and not to the controller, which may be lost and started again, and it cleans up when
-there is none any more (`lifeline.py`). In an embedded session the reaper has the last word.
+there will be none any more (`lifeline.py`). Where nobody answers, the files stay for the run that goes on
+(`coldstart.py`). In an embedded session the reaper has the last word.
 """
 
 import contextlib
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,18 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..faulttol.config import SnapshotConfig
+from ..faulttol.inheritance import inherit
 from ..faulttol.listing import Listed
 from ..faulttol.placement import Node, memory_factor, protection_for
 from ..faulttol.stuck import Seen
+from ..faulttol.untold import untold_in
 from .home import Home
 from .keeper import GROUPS, Keeper
 from .lifeline import Lifeline
 from .machine import machine_bytes
 from .memory import Memory, lock_of
 from .pulse import Pulse
-from .reaper import memory_folder
+from .reaper import has_reaper, memory_folder
 from .watch import Notice, Watch, seen_of
 
 CLOSE_S = 5.0  # removing files in memory takes milliseconds a gigabyte
@@ -35,11 +39,25 @@ ZONE_LABELS = ("zone", "ray.io/availability-zone")  # of a node: what is lost to
 class VaultActor(Keeper):
     """Watches the processes of its node and keeps `folder`, the node's part of the run's memory."""
 
-    def __init__(self, home: Home, folder: str, controller: Any, run: str, share: float) -> None:
+    def __init__(
+        self,
+        home: Home,
+        folder: str,
+        controller: Any,
+        run: str,
+        share: float,
+        former: Sequence[str] = (),
+    ) -> None:
+        """Takes over what runs of the names `former` have left on this machine."""
         home.enter()
         path = Path(folder)
         super().__init__(path, run=run, node=path.name, budget=int(share * machine_bytes()))
         path.mkdir(parents=True, exist_ok=True)
+        self._came, self._problem = 0, ""
+        try:
+            self._came = inherit(states_of(former), path, run=run)
+        except OSError as error:
+            self._problem = str(error)
         self._controller = controller
         self._myself = ray.get_runtime_context().current_actor
         self._pids: set[int] = set()
@@ -53,6 +71,11 @@ class VaultActor(Keeper):
             raise PermissionError(f"{path}: is no file of this vault, which keeps {self._folder}")
         with open(path, "rb") as file:
             return os.pread(file.fileno(), length, start)
+
+    @ray.method(concurrency_group="serve")
+    def came_into(self, recorded: int) -> tuple[int, list[dict[str, Any]], str]:
+        """What it has taken over: bytes, lines of steps beyond `recorded`, and what was in the way, or ""."""
+        return self._came, untold_in(self._folder, after=recorded), self._problem
 
     def follow(self, pids: Iterable[int]) -> None:
         """Watch these processes too."""
@@ -86,10 +109,12 @@ class VaultActor(Keeper):
     def _tell(self, notice: Notice) -> None:
         self._controller.notice.remote(notice)
 
-    def _end_alone(self) -> None:
+    def _end_alone(self, over: bool) -> None:
         for pid in list(self._pids):
             self._watch.end(pid)  # one that is stopped cannot end itself
-        self.close()
+        if over:
+            self.close()
+        threading.Timer(CLOSE_S, os._exit, (1,)).start()  # Ray itself may be lost, and not answer
         ray.kill(self._myself)  # an exit would have Ray start it again
 
 
@@ -110,14 +135,13 @@ class Vaults:
         self._pids: dict[str, set[int]] = {}
         self._pulse = Pulse()
         self._lost: set[str] = set()
+        self.former: tuple[str, ...] = ()  # runs whose memory vaults take over as they start
+        self.untold: tuple[Mapping[str, Any], ...] = ()  # lines that one of them has left
         self._nodes: list[Node] = []
-        self._several = False  # whether the run has ever been on more than one node
-        self.slots = config.slots_on(1)  # of each rank, as they were told last
+        self.slots = config.copies  # of each rank
 
-    def memory(self, node: str, *, recorded: int, elsewhere: Sequence[Listed] = ()) -> Memory:
+    def memory(self, node: str, *, recorded: int, durable: int, elsewhere: Sequence[Listed] = ()) -> Memory:
         """What a rank on `node` is told; `elsewhere` are images on nodes without ranks."""
-        self._several = self._several or len(self._actors) > 1
-        self.slots = self._config.slots_on(2 if self._several else 1)
         groups = protection_for(self.nodes()) if self.slots > 2 else []
         beside = next((memory_factor(g) - 1 for g in groups if node_name(node) in g.ids), 0.0)
         return Memory(
@@ -130,6 +154,9 @@ class Vaults:
             recorded=recorded,
             vaults=self.actors(),
             elsewhere=tuple(elsewhere),
+            untold=tuple(line for line in self.untold if line["step"] > recorded),
+            writes=True,
+            durable=durable,
         )
 
     def actors(self) -> dict[str, Any]:
@@ -147,10 +174,14 @@ class Vaults:
             ]
         return self._nodes
 
-    def follow(self, node: str, pid: int) -> None:
-        """Watch a process; starts the vault of a node that has none."""
+    def start_on(self, node: str) -> None:
+        """Start the vault of a node that has none."""
         if node not in self._actors:
             self._actors[node] = self._start(node)
+
+    def follow(self, node: str, pid: int) -> None:
+        """Watch a process; starts the vault of a node that has none."""
+        self.start_on(node)
         if pid not in (followed := self._pids.setdefault(node, set())):
             followed.add(pid)
             self._actors[node].follow.remote([pid])
@@ -219,7 +250,14 @@ class Vaults:
             self._controller,
             self._run,
             self._config.memory_share,
+            self.former,
         )
+
+
+def states_of(runs: Sequence[str]) -> list[Path]:
+    """Where the memory of runs lies, or was; not that of embedded sessions, which their reaper removes."""
+    folders = [memory_folder(run) for run in runs]
+    return [Path(folder) for folder in folders if not has_reaper(folder)]
 
 
 def node_name(node: str) -> str:

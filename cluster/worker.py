@@ -11,12 +11,15 @@ controller names this class without importing torch; the actor's own process imp
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,16 +30,21 @@ from ..faulttol.verdict import failure_of
 from ..runtime.config import check_config
 from ..runtime.plan import make_run_plan
 from .home import Home
+from .imports import import_trainer
 from .lifeline import Lifeline
 from .memory import Memory
+from .notice import Asked, Herald
 from .outbox import EpochOver, Outbox
+from .saboteur import Saboteur
 from .sight import sight
+from .signals import hear
 from .sockets import break_connections_to, break_gloo
 
 if TYPE_CHECKING:
     from ..runtime.place import Warm
     from ..runtime.trainer import Trainer
 
+END_S = 5.0  # for giving a place back, which takes milliseconds
 BREAK_AGAIN_S = 0.05  # a rank may have been between two groups when its connections were broken
 
 
@@ -64,15 +72,15 @@ class Seat:
 class Worker:
     """One rank of a run. `train` occupies the actor; the methods of the group "control" answer meanwhile."""
 
-    def __init__(self, home: Home, controller: Any, group: str) -> None:
-        """`group` is the name of the run's placement group."""
+    def __init__(self, home: Home, controller: Any, group: str, in_background: bool = False) -> None:
+        """`group` is the name of the run's placement group; `in_background`: while ranks train beside it."""
         home.enter()
         self._group = group
+        asked = Asked(ray.get_runtime_context().get_actor_name() or "")
+        heard = {int(signal.SIGTERM): Herald(controller, asked).tell}
+        hear(heard | (Saboteur(self._in_step).signals() if home.sabotaged else {}))
         self._lifeline = Lifeline(controller, self._end_alone)
-        import torch  # noqa: F401 (seconds of imports, done while the controller waits for other workers)
-
-        from ..runtime import trainer  # noqa: F401
-
+        import_trainer(in_background=in_background)
         self._stop = threading.Event()
         self._trainer: Trainer | None = None
         self._outbox: Outbox | None = None
@@ -138,18 +146,22 @@ class Worker:
     def _train(
         self, epoch: int, rank: int, plan: dict[str, Any], controller: Any, memory: Memory | None
     ) -> dict[str, Any]:
-        from ..runtime.place import Warm
+        from ..runtime.place import LINES_KEPT, Warm
         from ..runtime.trainer import Trainer
 
         config = check_config(plan)
         gpus = int(config.run.device == "cuda")
-        self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch)
+        folder = Path(memory.folder) if memory is not None else None
+        self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch, folder=folder)
         self._warm = self._warm or Warm()
+        if memory is not None and memory.untold:
+            lines = (*memory.untold, *self._warm.lines)
+            self._warm.lines = deque(lines, maxlen=LINES_KEPT + len(memory.untold))
         self._trainer = Trainer(
             make_run_plan(config, cpus=1, gpus=gpus),
             outbox,
             self._stop,
-            place=memory.place(epoch) if memory is not None else None,
+            place=memory.place(epoch, lambda: epoch <= self._left) if memory is not None else None,
             warm=self._warm if memory is not None else None,
         )
         self._thread = threading.get_ident(), threading.get_native_id()
@@ -172,7 +184,9 @@ class Worker:
         self._left = max(self._left, epoch)
         if self._outbox is not None:
             self._outbox.end_epoch()  # a rank without others waits for nobody
-        while not self._busy.acquire(timeout=BREAK_AGAIN_S):
+        wait_s = 0.0
+        while not self._busy.acquire(timeout=wait_s):
+            wait_s = BREAK_AGAIN_S
             _break_groups()
             if self._port:
                 break_connections_to(self._port)
@@ -197,8 +211,14 @@ class Worker:
         """Ask the run to stop after the step it is in."""
         self._stop.set()
 
-    def _end_alone(self) -> None:
+    def _in_step(self) -> int | None:
+        """The thread that trains while it is in the middle of a step."""
+        trainer, thread = self._trainer, self._thread
+        return thread[0] if trainer and thread and trainer.phase == "training" else None
+
+    def _end_alone(self, _over: bool) -> None:
         """Give its place back and end: there is no controller that would."""
+        threading.Timer(END_S, os._exit, (1,)).start()  # Ray itself may be lost, and not answer
         try:
             with contextlib.suppress(ValueError):  # another rank was faster
                 remove_placement_group(get_placement_group(self._group))

@@ -24,7 +24,7 @@ class SnapshotConfig:
     slots: Annotated[
         int,
         "Copies kept for each rank beside its living state; one is being written while others stand. "
-        "0: 2 on one node, 3 on several, where one waits until other nodes have what protects it.",
+        "0: 3, of which one waits until it is on disk or other nodes have what protects it.",
     ] = 0
     spares: Annotated[
         int,
@@ -44,8 +44,7 @@ class SnapshotConfig:
             found.append(
                 (
                     "slots",
-                    f"is {self.slots}; at least 2: a kill while one is written must leave another; or 0 (2 "
-                    "on one node, 3 on several)",
+                    f"is {self.slots}; at least 2: a kill while one is written must leave another; or 0 (3)",
                 )
             )
         if self.spares < -1:
@@ -54,9 +53,10 @@ class SnapshotConfig:
             found.append(("memory_share", f"is {self.memory_share}; above 0 and up to 1, such as 0.5"))
         return found
 
-    def slots_on(self, nodes: int) -> int:
-        """Copies of each rank in a run on that many nodes."""
-        return self.slots or (2 if nodes < 2 else 3)
+    @property
+    def copies(self) -> int:
+        """Of each rank beside its living state."""
+        return self.slots or 3
 
     def why_no_room(
         self, *, state_bytes: int, ranks: int, arena: bool, memory_bytes: int, shm_bytes: int
@@ -66,7 +66,7 @@ class SnapshotConfig:
         `memory_bytes` are the node's, `shm_bytes` what its shared memory has free. Without an `arena` the
         living state is on a device and only copies take memory.
         """
-        copies = self.slots_on(1) + int(arena)
+        copies = self.copies + int(arena)
         needed = ranks * copies * (state_bytes + FILE_HEADER_BYTES)
         allowed = int(self.memory_share * memory_bytes)
         if needed <= min(allowed, shm_bytes):

@@ -1,12 +1,12 @@
 """The header of a file of state in memory: what it holds, of which step, and whether it can be trusted.
 
 One page says what the file is, words in it change while a run lives (a version, the same again, a state, and
-two pins that only the node's vault writes, see `pins.py`), two record areas say what the data is, a table has
-a crc32 for each chunk, an index the boxes in it; then comes data:
+those by which a rank and its node's vault tell each other what to keep, see `pins.py`), two record areas say
+what the data is, a table has a crc32 for each chunk, an index the boxes in it; then comes data:
 
     0        magic, format, kind, run key, crc        never changes after the file is made
     1024     version | version again | state          8-byte words, each in a cache line of its own
-             | kept | awaited                         of a rank's first slot; a step and 1, or 0
+             | kept | awaited | due | written         of a rank's first slot; a step and 1, or 0
     4096     record 0, record 1                       step, epoch, lengths, crcs, progress, and its own crc
     36 KiB   crc32 of every chunk of 4 MiB            slots only: the data of an arena changes all the time
     292 KiB  index, compressed JSON                   PartIndex of everything in the data
@@ -36,12 +36,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MAGIC = b"RAYFOLD\x00"
-FORMAT = 1
+FORMAT = 2
 KINDS = {1: "arena", 2: "slot", 3: "blob"}
 CHUNK_BYTES = 4 << 20
 PAGE_BYTES = 4096
 WORDS_START = 1024
-WORDS_BYTES = 320
+WORDS_BYTES = 448
 RECORDS_START = PAGE_BYTES
 RECORD_BYTES = 16 << 10
 TABLE_START = RECORDS_START + 2 * RECORD_BYTES
@@ -60,8 +60,8 @@ _NAMES = {word: name for name, word in _STATES.items()}
 _STATIC = struct.Struct("<8sIIH202s")
 _RECORD = struct.Struct("<QqqQQII64sI")
 _CRC = struct.Struct("<I")
-PINS_START, PINS_BYTES = WORDS_START + 192, 128  # of it, which change while the data stays as it is
-_VERSION, _AGAIN, _STATE, _KEPT, _AWAITED = 0, 8, 16, 24, 32  # in words
+PINS_START, PINS_BYTES = WORDS_START + 192, 256  # of it, which change while the data stays as it is
+_VERSION, _AGAIN, _STATE, _KEPT, _AWAITED, _DUE, _WRITTEN = range(0, 56, 8)  # in words
 
 
 class ImageError(Exception):
@@ -243,6 +243,24 @@ class Header:
     @awaited.setter
     def awaited(self, step: int) -> None:
         self._words[_AWAITED] = step + 1
+
+    @property
+    def due(self) -> int:
+        """The step that the rank keeps until it is written to disk, -1: none. Written by the rank alone."""
+        return self._words[_DUE] - 1
+
+    @due.setter
+    def due(self, step: int) -> None:
+        self._words[_DUE] = step + 1
+
+    @property
+    def written(self) -> int:
+        """The newest due step that the vault has written to disk, or given up; -1: none."""
+        return self._words[_WRITTEN] - 1
+
+    @written.setter
+    def written(self, step: int) -> None:
+        self._words[_WRITTEN] = step + 1
 
     def tear(self) -> None:
         """From now on the data may change; returns when that stands in the file. Twice is as good as once."""

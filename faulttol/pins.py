@@ -5,6 +5,9 @@ So a vault does not pin what is there. It writes a step of the near future into 
 ranks; the first step from there on that a rank commits is then never filled again, without another word, and
 as all ranks commit the same steps it is the same one on all nodes. Only `settle` lets go of it.
 
+What goes to disk is pinned the other way round: the rank knows which steps are due, says so before it copies
+one, and keeps it until the vault says in its turn that it is written. Neither side needs to be there in time.
+
 The words are read and written without locks, and the rank that fills slots does not wait. A rank that was
 just choosing a slot may overlook a new word; `still_there` tells, and then the round comes to nothing.
 """
@@ -23,6 +26,7 @@ from .header import (
     HEADER_BYTES,
     PINS_BYTES,
     PINS_START,
+    SEALED,
     DamagedImage,
     Header,
     ImageError,
@@ -44,9 +48,11 @@ class Held:
 
 
 class Pins:
-    """The slots of `ranks`, whose files are in `folder`, as far as they were written in `epoch`."""
+    """The slots of `ranks`, whose files are in `folder`, as far as they were written in `epoch`; None: in any
+    epoch, as what a rank keeps of an earlier one is what it went on from.
+    """
 
-    def __init__(self, folder: Path, ranks: Sequence[int], epoch: int) -> None:
+    def __init__(self, folder: Path, ranks: Sequence[int], epoch: int | None) -> None:
         self._ranks = {rank: sorted(folder.glob(f"rank-{rank:05d}.slot-*")) for rank in ranks}
         self._folder = folder
         self._epoch = epoch
@@ -68,11 +74,40 @@ class Pins:
         steps = {first_from(step, self._committed(rank)) for rank in self._ranks}
         return None if -1 in steps else steps
 
+    def due(self) -> int | None:
+        """The step that every rank has committed and keeps until it is on disk; None where there is none. Two
+        ranks may be at different ones for the moment that a due step takes.
+        """
+        found = {self._due_of(slots) for slots in self._ranks.values()}
+        step = found.pop() if len(found) == 1 else None
+        return step if step is not None and self.still_there(step) else None
+
+    def wrote(self, step: int) -> None:
+        """Let go of `step`, which is on disk or will not be; where another is due by now, nothing happens."""
+        for slots in self._ranks.values():
+            for path in slots[:1]:
+                with header_of(path) as header:
+                    if header.due == step:
+                        header.written = step
+
+    def whole(self) -> set[int]:
+        """The steps that every rank has a whole copy of, whether they know that of one another or not."""
+        each = [{record.step for record, _ in self._records(rank, SEALED, COMMITTED)} for rank in self._ranks]
+        return set.intersection(*each) if each else set()
+
+    def image_of(self, rank: int, step: int) -> Path:
+        """The whole copy of a step, of the latest epoch. Raises DamagedImage where there is none."""
+        records = self._records(rank, SEALED, COMMITTED)
+        found = [(record.epoch, path) for record, path in records if record.step == step]
+        if not found:
+            raise DamagedImage(f"{self._folder}: rank {rank} has no copy of step {step}")
+        return max(found)[1]
+
     def held(self, step: int, *, blocks: int) -> Held:
         """What there is of a step, verified, in that many blocks. Raises DamagedImage where it is damaged."""
         files = []
         for rank in sorted(self._ranks):
-            path = self._path(rank, step)
+            path = self.image_of(rank, step)
             image = Image.open(path)
             for start in range(0, image.nbytes, CHUNK_BYTES):
                 image.read(start, min(CHUNK_BYTES, image.nbytes - start))
@@ -89,7 +124,7 @@ class Pins:
         return Held(tuple(files), tuple(made))
 
     def still_there(self, step: int) -> bool:
-        """Whether every rank holds `step` and will keep it."""
+        """Whether every rank has committed `step` and holds it."""
         return all(step in self._committed(rank) for rank in self._ranks)
 
     def settle(self, step: int | None) -> None:
@@ -104,15 +139,21 @@ class Pins:
                     header.awaited = -1
 
     def _committed(self, rank: int) -> list[int]:
-        records = (_committed(path) for path in self._ranks[rank])
-        return [record.step for record in records if record is not None and record.epoch == self._epoch]
+        return [record.step for record, _ in self._records(rank, COMMITTED)]
 
-    def _path(self, rank: int, step: int) -> Path:
+    def _records(self, rank: int, *states: str) -> Iterator[tuple[Record, Path]]:
+        """What the slots of a rank hold in one of `states`, as far as it is of the epoch."""
         for path in self._ranks[rank]:
-            record = _committed(path)
-            if record is not None and (record.step, record.epoch) == (step, self._epoch):
-                return path
-        raise DamagedImage(f"{self._folder}: rank {rank} has no committed copy of step {step}")
+            record = _record(path, states)
+            if record is not None and self._epoch in (None, record.epoch):
+                yield record, path
+
+    @staticmethod
+    def _due_of(slots: Sequence[Path]) -> int | None:
+        if not slots:
+            return None  # not made yet
+        with header_of(slots[0]) as header:
+            return header.due if header.due > header.written else None
 
 
 def read_span(folder: Path, files: Sequence[tuple[str, int]], start: int, length: int) -> bytes:
@@ -157,9 +198,9 @@ def header_of(path: Path) -> Iterator[Header]:
         os.close(fd)
 
 
-def _committed(path: Path) -> Record | None:
+def _record(path: Path, states: Sequence[str]) -> Record | None:
     try:
         with header_of(path) as header:
-            return header.record() if header.state == COMMITTED else None
+            return header.record() if header.state in states else None
     except (ImageError, OSError):
         return None  # being filled, or gone

@@ -8,10 +8,11 @@ can go back to. A FILLING goes to a slot that holds no step, else to the oldest 
 step must be committed before the next one is captured, or it is overwritten; three slots allow a capture a
 step with a commit one step late.
 
-The vault of a node may pin steps (two words in the header of the first slot, which the rank only reads): the
-one that it has protected, and the next one that it is about to protect. Their slots are not filled either.
-While both are pinned and the newest COMMITTED is in the only slot left, that one is filled: the pinned ones
-are steps that all ranks can go back to.
+The vault of a node may pin steps (words in the header of the first slot, which the rank only reads): the one
+that it has protected, and the next one that it is about to protect. The rank itself pins one that is due on
+disk until the vault says that it is written. Their slots are not filled either, as long as one is left to
+fill: what is on its way to disk comes before what is to be protected next. While the newest COMMITTED is in
+the only slot left, that one is filled: the pinned ones are steps that all ranks can go back to.
 """
 
 import mmap
@@ -68,7 +69,8 @@ class Slot:
         """Map a file that `create` or a vault made, whatever state it is in. Raises DamagedImage for any
         other.
         """
-        mapping, kind, _ = map_file(Path(path))
+        # its pages come with the first copy, which is made while the run trains again
+        mapping, kind, _ = map_file(Path(path), populate=False)
         if kind == "arena":
             raise ArenaError(f"{path}: is an arena, not a slot")
         return Slot(mapping, Path(path))
@@ -87,6 +89,20 @@ class Slot:
     def pins(self) -> tuple[int, int]:
         """(step that is kept, step from which on the first committed one is kept); -1 for none."""
         return self._header.kept, self._header.awaited
+
+    @property
+    def due(self) -> int:
+        """The step that is kept until it is on disk; -1 where none is, or it has been written."""
+        due = self._header.due
+        return due if due > self._header.written else -1
+
+    @due.setter
+    def due(self, step: int) -> None:
+        self._header.due = step
+
+    def forget_due(self) -> None:
+        """Nothing is due, and nothing has been written; when ranks form anew, as they may have gone back."""
+        self._header.due = self._header.written = -1
 
     def holds(self) -> Record | None:
         """The record of the whole step that is here by its header, if there is one. Data is not looked at."""
@@ -188,6 +204,11 @@ class Slots:
         """Map the files that a vault reserved; what they hold stays."""
         return Slots([Slot.open(path) for path in paths])
 
+    @property
+    def there(self) -> list[Slot]:
+        """The slots whose files are there: what is copied to another, nobody else would find."""
+        return [slot for slot in self.slots if slot.path.exists()] or list(self.slots)
+
     def committed(self) -> Slot | None:
         """The newest COMMITTED slot: of the latest epoch, and of its steps the latest."""
         return self._newest(COMMITTED)
@@ -198,25 +219,36 @@ class Slots:
 
     def find(self, step: int) -> Slot | None:
         """The slot of the latest epoch that holds `step`."""
-        found = [slot for slot in self.slots if slot.step == step]
+        found = [slot for slot in self.there if slot.step == step]
         return max(found, key=_age, default=None)
 
     def next_to_fill(self) -> Slot:
         """Any slot that holds no step, else the oldest that is neither pinned nor the newest COMMITTED."""
-        newest, pinned = self.committed(), self.pinned()
-        if len(pinned) == len(self.slots):
-            pinned = []  # too few slots for pins: the run goes on
-        free = [slot for slot in self.slots if slot not in pinned]
+        newest, pinned = self.committed(), self.pinned()[: len(self.there) - 1]
+        free = [slot for slot in self.there if slot not in pinned]
         return min([slot for slot in free if slot is not newest] or free, key=_age)
 
+    @property
+    def due(self) -> int:
+        """The step that is kept until it is on disk, -1 where none is."""
+        return self.there[0].due
+
+    @due.setter
+    def due(self, step: int) -> None:
+        self.there[0].due = step
+
+    def forget_due(self) -> None:
+        """As `Slot.forget_due`."""
+        self.there[0].forget_due()
+
     def pinned(self) -> list[Slot]:
-        """Slots that the node's vault wants kept."""
-        kept, awaited = self.slots[0].pins
-        steps = {kept}
+        """Slots that are to be kept, what matters most first."""
+        kept, awaited = self.there[0].pins
+        steps = [kept, self.due]
         if awaited >= 0:
-            committed = [slot.step for slot in self.slots if slot.state == COMMITTED]
-            steps.add(first_from(awaited, committed))
-        found = [self.find(step) for step in steps if step >= 0]
+            committed = [slot.step for slot in self.there if slot.state == COMMITTED]
+            steps.append(first_from(awaited, committed))
+        found = [self.find(step) for step in dict.fromkeys(steps) if step >= 0]
         return [slot for slot in found if slot is not None and slot.state == COMMITTED]
 
     def commit(self, step: int) -> bool:
@@ -229,12 +261,12 @@ class Slots:
 
     def discard_after(self, step: int) -> None:
         """Give up steps beyond `step`: a run that went back to it will make them again, perhaps otherwise."""
-        for slot in self.slots:
+        for slot in self.there:
             if slot.step > step:
                 slot.empty()
 
     def _newest(self, *states: str) -> Slot | None:
-        held = [slot for slot in self.slots if slot.state in states and slot.holds()]
+        held = [slot for slot in self.there if slot.state in states and slot.holds()]
         return max(held, key=_age, default=None)
 
 

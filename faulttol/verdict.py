@@ -73,7 +73,7 @@ class Verdict:
 
     sentence: str
     ranks: list[int]
-    cls: str  # "exception", "oom", "died", "stopped", "stuck", "silent", "start" or "controller"
+    cls: str  # a kind of failure, or "start", "disk" or "controller"
     step: int
     evidence: dict[str, Any]
 

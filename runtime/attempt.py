@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..faulttol.arena import Arena
-from ..faulttol.config import SnapshotConfig
 from ..faulttol.slots import Slots
 from ..parallel.collectives import gather_json
 from ..parallel.mesh import FoldedMesh
+from .config import RunConfig
 from .place import SnapshotPlace
+from .progress import Progress
 from .restore import Found, Makers, Restored, Restorer, reserve_room
 from .snapshots import Snapshots
-from .state import Progress, TrainState
+from .state import TrainState
 
 
 class NoRoomForSnapshots(RuntimeError):
@@ -34,7 +35,7 @@ def begin(
     mesh: FoldedMesh,
     place: SnapshotPlace,
     found: Found,
-    config: SnapshotConfig,
+    config: RunConfig,
     makers: Makers,
     *,
     lines: Iterable[Mapping[str, Any]],
@@ -47,7 +48,7 @@ def begin(
     room = reserve_room(model, place)
     reasons = [r for r in gather_json(room.reason, mesh.world, mesh.device) if r is not None]
     if room.files is None or reasons:
-        if config.enabled is True:
+        if config.snapshot.enabled is True:
             raise NoRoomForSnapshots(
                 f"snapshot.enabled = true, and there is no memory for snapshots: {reasons[0]}. Or set "
                 'snapshot.enabled="auto" to train without them'
@@ -59,9 +60,14 @@ def begin(
     arena = Arena.open(room.files.arena) if room.needed is not None else None
     restored = Restorer(place, mesh, found, makers).run(model, room.needed, arena)
     slots = Slots.open(room.files.slots)
+    every = config.checkpoint.every
+    # a step that the run has lost before it was written, or none of several slots held any more
+    missed = bool(every) and restored.state.progress.step // every * every > place.durable
     return Begun(
         state=restored.state,
-        snapshots=Snapshots(restored, mesh, place, config=config, arena=arena, slots=slots),
+        snapshots=Snapshots(
+            restored, mesh, place, config=config.snapshot, arena=arena, slots=slots, due=missed
+        ),
         untold=_untold(mesh, restored, place, lines),
         restored=_event(restored),
     )

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from ..models.llama_config import LlamaShape, shape_to_hf
 from ..parallel.model import Held
-from .checkpoint.format import Index, TensorEntry, read_chunk
+from .checkpoint.format import Index, TensorEntry
+from .checkpoint.storage import read_chunk
 from .part import Part
 
 INDEX_FILE = "model.safetensors.index.json"

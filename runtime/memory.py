@@ -99,8 +99,9 @@ def _of_rank(plan: RunPlan, vocab_size: int, pp_rank: int) -> RankMemory:
         gathered=gathered,
         activations=_most_kept(plan, pp_rank, {number: sum(stage.kept) for number, stage in stages.items()}),
         backward=max((size for stage in stages.values() for size in stage.kept), default=0),
-        checkpoint_copy=3 * share if plan.device == "cpu" else 0,
-        snapshots=config.snapshot.slots_on(1) * 3 * share if config.snapshot.enabled is not False else 0,
+        # with snapshots they are what is written
+        checkpoint_copy=3 * share if plan.device == "cpu" and config.snapshot.enabled is False else 0,
+        snapshots=config.snapshot.copies * 3 * share if config.snapshot.enabled is not False else 0,
     )
 
 

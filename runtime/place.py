@@ -36,6 +36,9 @@ class SnapshotPlace:
     newest: int = 0  # step that is known to be finished
     recorded: int | None = None  # last step in the record of the run, where whoever starts the rank knows it
     began: Mapping[int, int] = field(default_factory=dict)  # epoch -> step, beyond what images here know
+    writes: bool = False  # whether whoever keeps the files also writes what is due to disk
+    durable: int = 0  # newest step that is known to be on disk; the same on all ranks
+    leaving: Callable[[], bool] = lambda: False  # whether the rank is to wait for nothing any more
     mtbf_s: float = 3600.0  # expected time between failures; the same on all ranks
 
     def where(self, path: Path) -> str:

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +36,8 @@ from .optim.adamw import ShardedAdamW, memory_needed
 from .optim.shards import Memory
 from .part import local_of
 from .place import SnapshotPlace
-from .state import Progress, TrainState
+from .progress import Progress
+from .state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ class Restorer:
         return []
 
     def _set_progress(self, state: TrainState, said: Mapping[str, Any]) -> None:
-        state.set_progress({each.name: said[each.name] for each in fields(Progress)})
+        state.set_progress(asdict(Progress.among(said)))
         self._said = said
 
     def _give_up(self, arena: Arena) -> None:

@@ -33,6 +33,8 @@ MICROSECOND = 1e-6  # times are summed as whole ones: the same sum on every rank
 FITS = (
     0.8  # part of a step that a copy may take and still be made at every one; the update itself is the rest
 )
+DISK_S = 300.0  # a vault or a controller that is lost is back within one minute, and tries again for another
+DISK_LOOK_S = 0.005
 SMOOTHING = 0.2  # weight of the last copy in the means
 
 
@@ -48,8 +50,11 @@ class Snapshots:
         config: SnapshotConfig,
         arena: Arena | None,
         slots: Slots,
+        due: bool,
     ) -> None:
-        """Every rank has what it needs from the files of the others by now."""
+        """Every rank has what it needs from the files of the others by now. `due`: the step that is begun
+        with is to be on disk.
+        """
         state = restored.state
         self._mesh, self._config, self._mtbf_s, self._arena = mesh, config, place.mtbf_s, arena
         rank, world_size = mesh.world.rank, mesh.world.size
@@ -62,8 +67,12 @@ class Snapshots:
         }
         # buffers change in the forward pass: nothing may be copied beside it
         self._changes_early = bool(state.model.buffers)
+        self._slots, self._place = slots, place
         parts = [part for part in state.parts() if part.at_rest]
         slots.discard_after(state.progress.step)
+        slots.forget_due()
+        if due and place.writes:
+            slots.due = state.progress.step
         source: Arena | TensorSource
         if arena is not None:
             index = [arena.part(part.name, part.tensor, part.shape, part.offsets) for part in parts]
@@ -105,15 +114,25 @@ class Snapshots:
         if self._arena is not None:
             self._arena.begin_update()
 
-    def after_update(self, step: int, progress: Mapping[str, Any]) -> None:
-        """The state is that of `step`: commit the copy before, begin one where it is due."""
+    @property
+    def are_written(self) -> bool:
+        """Whether copies that are due on disk are written by whoever keeps them."""
+        return self._place.writes
+
+    def after_update(self, step: int, progress: Mapping[str, Any], *, due: bool = False) -> None:
+        """The state is that of `step`: commit the copy before, begin one where it is time, or where it is
+        `due` on disk.
+        """
         started = time.perf_counter()
         self._step_s, self._updated_at = started - self._updated_at, started
         self._count()
         said = {**progress, **self._said}
         if self._arena is not None:
             self._arena.end_update(step, said)
-        if step >= self._next:
+        if due and self._place.writes:
+            self._await_disk()
+            self._slots.due = step
+        if step >= self._next or self._slots.due == step:
             self._start(step, said)
         self._stall_s += time.perf_counter() - started
 
@@ -160,6 +179,15 @@ class Snapshots:
             self._next = step + self._every
         else:
             self._start(step, {**progress, **self._said})
+
+    def _await_disk(self) -> None:
+        """Back-pressure: the step that was due before is on disk, or was given up."""
+        deadline = time.monotonic() + DISK_S
+        while self._slots.due >= 0 and not self._place.leaving():
+            if time.monotonic() > deadline:
+                logger.warning("step=%d is not on disk after %.0f s", self._slots.due, DISK_S)
+                return
+            time.sleep(DISK_LOOK_S)
 
     def _start(self, step: int, said: dict[str, Any]) -> None:
         self._capture.start(step, said)

@@ -11,15 +11,7 @@ from typing import Any
 from ..parallel.model import Sharded
 from .optim.adamw import ShardedAdamW
 from .part import Part
-
-
-@dataclass
-class Progress:
-    """How far the run is."""
-
-    step: int = 0
-    cursor: int = 0  # samples consumed by finished steps, over all ranks
-    tokens: int = 0  # valid target tokens trained on
+from .progress import Progress
 
 
 @dataclass

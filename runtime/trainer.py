@@ -38,9 +38,10 @@ from .optim.schedule import learning_rate
 from .optim.shards import Memory
 from .place import SnapshotPlace, Warm
 from .plan import RunPlan, check_model
+from .progress import Progress
 from .restore import Found, Makers, look_around, on_disk
 from .snapshots import Snapshots
-from .state import Progress, TrainState
+from .state import TrainState
 from .step import NonFiniteLoss, NonFinitePeer, StepResult, on_device, train_step
 
 logger = logging.getLogger(__name__)
@@ -204,14 +205,15 @@ class Trainer:
         )
         state.progress = Progress(self.step, loader.cursor, state.progress.tokens + result.tokens)
         line = self._line(result, lr=lr, seconds=time.perf_counter() - started, data_wait_s=data_wait_s)
-        if snapshots is not None:
-            # with its line: whoever records it may die before that is written down
-            snapshots.after_update(self.step, state.progress_values() | {"line": line})
         last = self.step == config.run.steps or result.stop
         due = last or (config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0)
         if due:
             self.phase = "saving a checkpoint"
-        stall_s = checkpointer.stage(state) if due else 0.0
+        if snapshots is not None:
+            # with its line: whoever records it may die before that is written down
+            snapshots.after_update(self.step, state.progress_values() | {"line": line}, due=due)
+        saves = due and (snapshots is None or not snapshots.are_written)
+        stall_s = checkpointer.stage(state) if saves else 0.0
         stall_s += snapshots.take_stall() if snapshots is not None else 0.0
         seconds = time.perf_counter() - started
         validation = self._validate(mesh, corpus, state.model, last=last)
@@ -220,7 +222,7 @@ class Trainer:
         if validation is not None:
             line |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
         self._record(line)
-        if due:
+        if saves:
             # only now: a checkpoint that stands while its step is missing from the record hides it for good
             checkpointer.write()
         self._tell_failed_save(checkpointer)
@@ -313,7 +315,7 @@ class Trainer:
         found.sources += on_disk(checkpointer.steps())
         self.phase = "restoring the state"
         lines = self._warm.lines if self._warm is not None else ()
-        begun = begin(mesh, place, found, self._config.snapshot, makers, lines=lines)
+        begun = begin(mesh, place, found, self._config, makers, lines=lines)
         if mesh.world.rank == 0:
             if begun.no_room is not None:
                 message = f"no snapshots in memory: {begun.no_room}"

@@ -179,9 +179,7 @@ def _one_life(
         f"epoch-{order['epoch']}", dist.FileStore(order["store"], plan.layout.world_size)
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.layout.world_size)
-    place = place_on(
-        folder, order["epoch"], recorded=order["recorded"], slots=plan.config.snapshot.slots_on(1)
-    )
+    place = place_on(folder, order["epoch"], recorded=order["recorded"], slots=plan.config.snapshot.copies)
     stop = threading.Event()
     recorder = Told(Journal(plan.config.run_dir) if rank == 0 else None, stop, None)
     recorder.event("run_started", 0)

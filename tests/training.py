@@ -21,8 +21,9 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from rayfold.runtime import trainer as trainer_module
-from rayfold.runtime.checkpoint.format import read_chunk, read_index
+from rayfold.runtime.checkpoint.format import read_index
 from rayfold.runtime.checkpoint.shelf import Shelf
+from rayfold.runtime.checkpoint.storage import read_chunk
 from rayfold.runtime.config import RunConfig, read_config
 from rayfold.runtime.journal import EventKind, Journal, read_lines
 from rayfold.runtime.plan import RunPlan, make_run_plan

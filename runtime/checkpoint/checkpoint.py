@@ -5,7 +5,6 @@ process group. Loading tries the newest committed checkpoint first and falls bac
 damaged; all ranks agree.
 """
 
-import errno
 import shutil
 import threading
 import time
@@ -25,11 +24,8 @@ from ..part import Part
 from ..state import TrainState
 from .format import DamagedCheckpoint, read_index
 from .planners import PartLoadPlanner, PartSavePlanner, by_name
-from .shelf import Shelf
+from .shelf import Shelf, is_of_disk
 from .storage import FolderReader, FolderWriter
-
-# no room, no room for this user, too large a file, a broken disk, one mounted read-only
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
 class CheckpointMismatch(RuntimeError):
@@ -176,9 +172,9 @@ class Checkpointer:
         started = time.perf_counter()
         partial = self._shelf.partial(progress["step"])
 
-        def commit(folder: Path) -> None:
+        def commit(_: Path) -> None:
             self._on_commit(progress["step"], time.perf_counter() - started)
-            self._shelf.commit(folder)
+            self._shelf.commit(progress["step"])
 
         try:
             writer = FolderWriter(partial, progress, commit)
@@ -232,7 +228,7 @@ def _of_disk(error: BaseException) -> bool:
     causes = (
         [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     )
-    return any(isinstance(cause, OSError) and cause.errno in DISK_ERRORS for cause in causes)
+    return any(is_of_disk(cause) for cause in causes)
 
 
 def _first_cause(error: CheckpointException) -> str:

@@ -7,7 +7,7 @@ sum is.
 
 Nothing is pickled. Every chunk carries a CRC-32 and the index carries a SHA-256 of itself, so that no flipped
 bit or lost tail is ever loaded. No key holds a rank or a world size: the file name of a chunk is only where
-it lies.
+it lies. No torch here: vaults write checkpoints too.
 """
 
 import hashlib
@@ -18,15 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 FORMAT_VERSION = 1
 INDEX = "index.json"
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
-DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+DTYPES = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool"}  # as torch says
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -102,13 +96,8 @@ def _entry(path: Path, name: str, raw: dict[str, Any]) -> TensorEntry:
     return TensorEntry(raw["dtype"], tuple(raw["shape"]), chunks)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor in row-major order: uint8, sharing its memory where it lies on the host."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def read_chunk(folder: Path, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:
-    """The verified tensor of a chunk, of its sizes; raises DamagedCheckpoint."""
+def read_bytes(folder: Path, chunk: Chunk) -> bytearray:
+    """The verified bytes of a chunk; raises DamagedCheckpoint."""
     path = folder / chunk.file
     data = bytearray(chunk.length)
     try:
@@ -125,7 +114,4 @@ def read_chunk(folder: Path, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:
         raise DamagedCheckpoint(
             f"{path}: the bytes at {chunk.start} to {chunk.start + chunk.length} have another CRC-32"
         )
-    dtype = DTYPES[entry.dtype]
-    if not data:
-        return torch.empty(chunk.sizes, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
+    return data

@@ -5,6 +5,7 @@ any instant leaves the last good one. An old one is renamed away before it is de
 never looks whole.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -12,14 +13,24 @@ from pathlib import Path
 
 _NAME = re.compile(r"step-(\d{8,})")
 PARTIAL, DOOMED = ".partial", ".deleting"
+_LEFT = re.compile(rf"step-\d{{8,}}(?:\.([a-z]+))?({re.escape(PARTIAL)}|{re.escape(DOOMED)})")
+# no room, no room for this user, too large a file, a broken disk, one mounted read-only
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Whether a disk is full, or refuses to be written to."""
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
 
 
 class Shelf:
     """The folder `checkpoints/` of a run."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, writer: str = "") -> None:
+        """`writer`: a word of letters that names who writes, where there may be another."""
         self.folder = folder
         self._keep = keep
+        self._writer = writer
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, newest first."""
@@ -33,19 +44,23 @@ class Shelf:
         return self.folder / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Where it is written."""
-        return self.folder / (self.path(step).name + PARTIAL)
+        """Where it is written; `writer` tells apart those that may be at work at the same time."""
+        writer = f".{self._writer}" if self._writer else ""
+        return self.folder / f"{self.path(step).name}{writer}{PARTIAL}"
 
     def clear_leftovers(self) -> None:
-        """Delete what a killed run left half written or half deleted. Call before any writer starts."""
+        """Delete what a killed run left half written, by a writer of this name, or half deleted. Call before
+        the writer starts.
+        """
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.name.endswith((PARTIAL, DOOMED)):
+                match = _LEFT.fullmatch(path.name)
+                if match and (match[2] == DOOMED or (match[1] or "") == self._writer):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def commit(self, partial: Path) -> None:
+    def commit(self, step: int) -> None:
         """Make a fully written checkpoint count, then let go of those beyond `keep`."""
-        final = partial.with_suffix("")
+        partial, final = self.partial(step), self.path(step)
         if final.exists():  # written again after a damaged one of the same step was left behind
             self._delete(final)
         _sync_folder(partial)

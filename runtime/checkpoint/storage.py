@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,7 +33,21 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from .format import Chunk, Index, TensorEntry, read_chunk, read_index, tensor_bytes, write_index
+from .format import Chunk, Index, TensorEntry, read_bytes, read_index, write_index
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor in row-major order: uint8, sharing its memory where it lies on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_chunk(folder: Path, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:
+    """The verified tensor of a chunk, of its sizes; raises DamagedCheckpoint."""
+    data = read_bytes(folder, chunk)
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    if not data:
+        return torch.empty(chunk.sizes, dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
 
 
 class FolderWriter(StorageWriter):

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfold.cluster.reaper import MARK, has_variable, writes_below
-from rayfold.runtime.checkpoint.format import read_chunk, read_index
+from rayfold.runtime.checkpoint.format import read_index
 from rayfold.runtime.checkpoint.shelf import Shelf
+from rayfold.runtime.checkpoint.storage import read_chunk
 
 RAYFOLD = str(Path(sys.executable).with_name("rayfold"))
 TEST_MARK = "RAYFOLD_TEST"

@@ -83,8 +83,8 @@ def test_a_plan_says_where_snapshots_have_no_room(bench: Bench, small: Path) -> 
     tiny = "snapshot.memory_share=1e-9"
     told = bench.run("plan", small, tiny, timeout_s=60)
     assert told.status == 0, told.err
-    assert "no snapshots in memory here: 2 ranks with 3 copies" in told.out
+    assert "no snapshots in memory here: 2 ranks with 4 copies" in told.out
     assert "raise snapshot.memory_share above" in told.out
     refused = bench.run("plan", small, tiny, "snapshot.enabled=true", timeout_s=60)
     assert refused.status == 2
-    assert "snapshot.enabled: is true, and 2 ranks with 3 copies" in refused.err
+    assert "snapshot.enabled: is true, and 2 ranks with 4 copies" in refused.err

@@ -187,6 +187,8 @@ def test_an_error_that_comes_back_at_the_same_step_ends_the_run_with_its_place(
     pids = [formed["pids"] for formed in events(run_dir, "formed")]
     assert pids[0] == pids[1], "nothing was wrong with the processes"
     assert "Traceback" not in ended.err
+    assert [event["step"] for event in events(run_dir, "checkpoint")] == [2], "what was in memory is on disk"
+    assert final_tensors(run_dir)[0]["step"] == 2
 
 
 @pytest.mark.ray

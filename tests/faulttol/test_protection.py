@@ -304,6 +304,49 @@ def test_pins_never_stop_a_run(folder: Path) -> None:
         assert committed.step == step
 
 
+def test_a_step_that_is_due_stays_until_it_is_written(folder: Path) -> None:
+    """The rank says so, whenever the vault looks; of two ranks the same one, and it lets go of no other."""
+    nodes = Nodes(folder, [[0, 1]], SIZES)
+    pins = Pins(nodes.vaults["n0"].folder, [0, 1], None)
+    assert pins.due() is None
+    for rank in nodes.lives:
+        rank.slots.due = 3
+    nodes.commit(1, 2)
+    assert pins.due() is None, "it is to come"
+    nodes.lives[0].commit(3)
+    assert pins.due() is None, "one rank is not so far"
+    nodes.lives[1].commit(3)
+    nodes.commit(4, 5, 6)
+    assert (pins.due(), pins.whole()) == (3, {3, 5, 6})
+    assert Image.open(pins.image_of(1, 3)).step == 3
+    pins.wrote(2)
+    assert pins.due() == 3
+    pins.wrote(3)
+    nodes.commit(7, 8)
+    assert (pins.due(), pins.whole(), nodes.lives[0].slots.due) == (None, {6, 7, 8}, -1)
+    nodes.lives[0].slots.forget_due()
+    nodes.lives[0].slots.due = 2
+    assert nodes.lives[0].slots.due == 2, "a run that has gone back makes it again"
+
+
+def test_what_goes_to_disk_is_kept_before_what_is_to_be_protected(folder: Path) -> None:
+    """Three slots: the protected step, the due one, and one to fill; the round of protection comes to nothing
+    and tries again.
+    """
+    nodes = Nodes(folder, [[0]], SIZES)
+    pins, slots = nodes.pins("n0"), nodes.lives[0].slots
+    nodes.commit(1)
+    pins.settle(1)
+    slots.due = 2
+    pins.wait_for(3)
+    nodes.commit(2, 3, 4, 5)
+    assert [pins.still_there(step) for step in (1, 2, 3)] == [True, True, False]
+    assert slots.next_to_fill().step == 5, "a lost rank goes back to step 2 at most then"
+    pins.wrote(2)
+    nodes.commit(6)
+    assert [pins.still_there(step) for step in (1, 2, 5, 6)] == [True, False, True, True]
+
+
 def test_steps_of_an_earlier_epoch_are_not_protected(folder: Path) -> None:
     """They may be of a line of steps that the run has gone back from."""
     vault = Vault(folder / "v", BUDGET, run="r", slots=3)

@@ -246,3 +246,17 @@ def test_no_damage_is_accepted(tmp_path: Path, damages: int) -> None:
                 check(flipped)
             file.seek(0)
             file.write(whole)
+
+
+def test_a_slot_whose_file_is_gone_is_filled_no_more(tmp_path: Path) -> None:
+    """Its writer still has it mapped, and nobody else could find what it copies there."""
+    slots = three(tmp_path)
+    slots.due = 9
+    slots.slots[0].path.unlink()
+    filled = set()
+    for step in range(1, 6):
+        slot = slots.next_to_fill()
+        fill(slot, step, commit=True, used=100)
+        filled.add(slot.path.name)
+    assert filled == {"slot-1", "slot-2"}
+    assert slots.due == -1, "the word for the vault is where the vault looks"

@@ -204,8 +204,10 @@ def test_a_kill_inside_a_copy_leaves_the_copy_before(seed: int, never_killed: An
     run = lives(*LAYOUTS["shard"])
     ends = run.live(Life(2, faults={victim: in_copy(step)}, survivors=seed % 2 == 0))
     assert ends[victim] == "died"
-    slots = [inspect(run.state_folder / f"rank-{victim:05d}.slot-{n}") for n in range(2)]
-    assert sorted(slot.state for slot in slots if slot is not None) == ["COMMITTED", "FILLING"]
+    slots = [inspect(run.state_folder / f"rank-{victim:05d}.slot-{n}") for n in range(3)]
+    states = [slot.state for slot in slots if slot is not None]
+    assert states.count("FILLING") == 1
+    assert "COMMITTED" in states
     assert run.live(Life(2)) == ["finished", "finished"]
     [restored] = events(run.run_dir, "restored")
     assert restored["from_step"] == step

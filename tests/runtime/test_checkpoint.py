@@ -31,7 +31,8 @@ from rayfold.runtime.checkpoint.format import read_index
 from rayfold.runtime.checkpoint.shelf import Shelf
 from rayfold.runtime.optim.adamw import ShardedAdamW
 from rayfold.runtime.optim.config import OptimConfig
-from rayfold.runtime.state import Progress, TrainState
+from rayfold.runtime.progress import Progress
+from rayfold.runtime.state import TrainState
 
 PACKAGE = Path(__file__).parents[2]
 FOLDERS = ("cluster", "faulttol", "kernels", "models", "parallel", "runtime")

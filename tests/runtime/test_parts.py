@@ -29,7 +29,8 @@ from rayfold.runtime.checkpoint.shelf import Shelf
 from rayfold.runtime.optim.adamw import ShardedAdamW
 from rayfold.runtime.optim.config import OptimConfig
 from rayfold.runtime.part import Part
-from rayfold.runtime.state import Progress, TrainState
+from rayfold.runtime.progress import Progress
+from rayfold.runtime.state import TrainState
 
 # name: (shape, the dim that tensor parallelism deals out, the stages that hold it)
 TENSORS: dict[str, tuple[tuple[int, ...], int | None, tuple[int, ...]]] = {
