@@ -321,6 +321,15 @@ class Crew:
         self._durable.pause()
         self.epoch = self._met().next_epoch()
 
+    def halt(self, *, step_s: float) -> None:
+        """Let the ranks end their epoch after the same step, so that all of them have it; those that do not
+        in time, or fail, are for `break_off`.
+        """
+        for member in self.fleet.members:
+            member.actor.halt.remote(self.epoch)
+        budget_s = max(LEAVE_S, LEAVE_STEPS * step_s)
+        ray.wait(list(self._running), num_returns=len(self._running), timeout=budget_s)
+
     def break_off(self, lost: Iterable[int], *, step_s: float, step: int) -> list[Failure]:
         """End the lost ranks, and let the others leave what they wait in; those that do not are ended too and
         are the failures returned.

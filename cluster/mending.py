@@ -97,6 +97,7 @@ class Mending:
         the recovery from it, came to nothing.
         """
         self._go(State.RECOVERING)
+        self._crew.halt(step_s=self._record.step_s)
         self._record.begin_recovery(time.time())
         before, after = self._crew.plan.layout, remedy.layout
         sentence = f"{after.world_size} processes are here again, so the run goes on as it was begun"
@@ -126,6 +127,7 @@ class Mending:
     def move(self, move: Move) -> Verdict | None:
         """Give ranks other processes at a step boundary; a verdict when the recovery from that failed."""
         self._go(State.RECOVERING)
+        self._crew.halt(step_s=self._record.step_s)
         self._record.begin_recovery(time.time())
         late = self.begin_epoch(move.remedy, (), leaving=move.ranks)
         return self.recover(late) if late else None

@@ -81,7 +81,10 @@ class Worker:
         hear(heard | (Saboteur(self._in_step).signals() if home.sabotaged else {}))
         self._lifeline = Lifeline(controller, self._end_alone)
         import_trainer(in_background=in_background)
-        self._stop = threading.Event()
+        self._epoch = 0  # that it trains in
+        self._stop = threading.Event()  # of that epoch
+        self._stopping = False
+        self._halted = 0  # the last epoch that it was told to train no further in
         self._trainer: Trainer | None = None
         self._outbox: Outbox | None = None
         self._warm: Warm | None = None  # what stays of an epoch for the next
@@ -154,13 +157,16 @@ class Worker:
         folder = Path(memory.folder) if memory is not None else None
         self._outbox = outbox = Outbox(controller, rank=rank, epoch=epoch, folder=folder)
         self._warm = self._warm or Warm()
+        self._epoch, self._stop = epoch, (stop := threading.Event())
+        if self._stopping or epoch <= self._halted:  # told so before it was here
+            stop.set()
         if memory is not None and memory.untold:
             lines = (*memory.untold, *self._warm.lines)
             self._warm.lines = deque(lines, maxlen=LINES_KEPT + len(memory.untold))
         self._trainer = Trainer(
             make_run_plan(config, cpus=1, gpus=gpus),
             outbox,
-            self._stop,
+            stop,
             place=memory.place(epoch, lambda: epoch <= self._left) if memory is not None else None,
             warm=self._warm if memory is not None else None,
         )
@@ -209,7 +215,15 @@ class Worker:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Ask the run to stop after the step it is in."""
+        self._stopping = True
         self._stop.set()
+
+    @ray.method(concurrency_group="control")
+    def halt(self, epoch: int) -> None:
+        """Ask the ranks to end their epoch after the step they are in, all after the same one."""
+        self._halted = epoch
+        if epoch == self._epoch:
+            self._stop.set()
 
     def _in_step(self) -> int | None:
         """The thread that trains while it is in the middle of a step."""

@@ -216,7 +216,7 @@ class Trainer:
         stall_s = checkpointer.stage(state) if saves else 0.0
         stall_s += snapshots.take_stall() if snapshots is not None else 0.0
         seconds = time.perf_counter() - started
-        validation = self._validate(mesh, corpus, state.model, last=last)
+        validation = self._validate(mesh, corpus, state.model)
         line |= {"time_unix": time.time(), "step_time_s": seconds, "tokens_per_s": result.tokens / seconds}
         line["snapshot_stall_s"] = stall_s
         if validation is not None:
@@ -228,9 +228,10 @@ class Trainer:
         self._tell_failed_save(checkpointer)
         return result.stop
 
-    def _validate(self, mesh: FoldedMesh, corpus: Corpus, model: Sharded, *, last: bool) -> Validation | None:
+    def _validate(self, mesh: FoldedMesh, corpus: Corpus, model: Sharded) -> Validation | None:
+        """At its times and after the last step of all; who asks to stop is not kept waiting."""
         every = self._config.run.eval_every
-        if not every or (self.step % every and not last):
+        if not every or (self.step % every and self.step < self._config.run.steps):
             return None
         self.phase = "validating"
         batches = val_batches(

@@ -223,7 +223,7 @@ def test_a_kill_while_a_rank_gives_its_place_away_is_survived(
         for kind in ("preempt", "kill_in_recovery")
     ]
     options = (f"run.steps={apart * (times + 1)}", "checkpoint.every=0")
-    ended = bench.run("chaos", campaign(bench.folder, *sections), small, *options, "snapshot.spares=3")
+    ended = bench.run("chaos", campaign(bench.folder, *sections), small, *options, "snapshot.spares=8")
     report = json.loads((run_dir / "chaos.json").read_text())
     injected = [fault for fault in report["faults"] if fault["kept"] is not None]
     assert report["status"] == "finished", ended.err
