@@ -77,8 +77,8 @@ class Durable(Rounds):
         while (last := self._last) is not None and time.monotonic() < deadline:
             with self._one:  # a round under way may be at just this step
                 try:
-                    due = self._due(last, wait_s=0.0, wanted=lambda: not self._closed) == step
-                    if step not in self._done and (due or step not in self._shelf.steps()):
+                    due = self._due(last, wanted=lambda: not self._closed)
+                    if step not in self._done and (due == step or step not in self._shelf.steps()):
                         self._write(last, step, wanted=lambda: not self._closed)
                     return None
                 except (RoundFailed, Unusable, OSError) as error:
@@ -110,9 +110,11 @@ class Durable(Rounds):
         if self._ending:
             return AGAIN_S
         with self._one:
-            wanted = lambda: self._goes_on(epoch)  # noqa: E731 (handed down three times)
+            wanted = lambda: self._goes_on(epoch)  # noqa: E731 (handed down)
             try:
-                if (step := self._due(epoch, wait_s=DUE_S, wanted=wanted)) is not None:
+                if (
+                    step := self._due(epoch, wanted=lambda: wanted() and not self._ending, wait_s=DUE_S)
+                ) is not None:
                     self._write_in_time(epoch, step, wanted)
                     actors, ranks = self._ranks(epoch)
                     for node, actor in actors.items():
@@ -122,10 +124,13 @@ class Durable(Rounds):
                 return AGAIN_S
         return 0.0
 
-    def _due(self, epoch: Epoch, *, wait_s: float, wanted: Callable[[], bool]) -> int | None:
+    def _due(self, epoch: Epoch, *, wanted: Callable[[], bool], wait_s: float = 0.0) -> int | None:
         """The step that all ranks keep until it is on disk; None while there is none. Raises RoundFailed."""
         actors, ranks = self._ranks(epoch)
-        calls = {n: a.due.remote(ranks[n], wait_s) for n, a in actors.items()}
+        calls = {
+            n: a.due.remote(ranks[n], wait_s) if wait_s else a.due_now.remote(ranks[n])
+            for n, a in actors.items()
+        }
         steps = set(self._ask(calls, wanted=wanted).values())
         return steps.pop() if len(steps) == 1 else None
 

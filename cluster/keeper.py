@@ -27,7 +27,8 @@ LOOK_EVERY_S = 0.02  # at slots of the node while a step is awaited: a small fra
 DUE_LOOK_S = 0.05  # at whether a step is due on disk: a moment of what writing one takes
 CANCEL_LOOK_S = 0.2  # how soon a round that was given up ends, whatever it waits for
 
-GROUPS = {"serve": 4, "protect": 1, "rebuild": 1, "disk": 1}  # threads: others are served while one pulls
+# threads: others are served while one pulls, or waits
+GROUPS = {"serve": 4, "protect": 1, "rebuild": 1, "due": 1, "disk": 1}
 
 
 class Cannot(ImageError):
@@ -65,7 +66,12 @@ class Keeper:
         """End the round under way."""
         self._given_up.set()
 
-    @ray.method(concurrency_group="disk")
+    @ray.method(concurrency_group="serve")
+    def due_now(self, ranks: Sequence[int]) -> int | None:
+        """As `Pins.due`."""
+        return Pins(self._folder, ranks, None).due()
+
+    @ray.method(concurrency_group="due")
     def due(self, ranks: Sequence[int], wait_s: float) -> int | None:
         """As `Pins.due`, within `wait_s`."""
         deadline = time.monotonic() + wait_s

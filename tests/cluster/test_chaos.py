@@ -98,6 +98,7 @@ def test_help_teaches_every_kind_and_what_it_promises(bench: Bench) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 def test_a_kill_with_a_spare_is_injected_borne_and_reported(bench: Bench, small: Path, run_dir: Path) -> None:
     """The whole of it once: a seeded kill, each promise against its outcome, the exit status."""
     faults = campaign(bench.folder, 'kind = "kill"\nat_step = [5, 20]', 'kind = "stop"\nevery_s = 3600')

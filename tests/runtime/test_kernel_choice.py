@@ -46,7 +46,10 @@ def test_one_operator_can_be_chosen_by_name(source: Path, tmp_path: Path) -> Non
 @pytest.mark.timeout(600)  # inductor compiles C++
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch imports what it has deprecated itself
 @pytest.mark.filterwarnings("ignore::UserWarning")  # .grad of activations, rotary tables that stay uncompiled
-@pytest.mark.parametrize(("replicate", "shard", "recompute"), [(1, 2, "none"), (2, 1, "full")])
+@pytest.mark.parametrize(
+    ("replicate", "shard", "recompute"),
+    [pytest.param(1, 2, "none", marks=pytest.mark.campaign), (2, 1, "full")],
+)
 def test_compiled_blocks_train_the_same_run(
     source: Path, tmp_path: Path, replicate: int, shard: int, recompute: str
 ) -> None:
