@@ -64,7 +64,9 @@ def test_ctrl_c_saves_the_step_it_reached_and_twice_ends_at_once(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("at", ["Ray is starting", "the ranks form"])
+@pytest.mark.parametrize(
+    "at", ["Ray is starting", pytest.param("the ranks form", marks=pytest.mark.campaign)]
+)
 def test_ctrl_c_before_training_stops_without_a_step(
     bench: Bench, paced: Path, run_dir: Path, at: str
 ) -> None:

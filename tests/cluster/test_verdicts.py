@@ -88,6 +88,7 @@ def test_a_model_that_cannot_be_built_is_told_before_the_first_step(
 
 
 @pytest.mark.ray
+@CAMPAIGN
 def test_a_source_without_readable_text_ends_with_the_reason(
     bench: Bench, small: Path, text: Path, run_dir: Path
 ) -> None:
