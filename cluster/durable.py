@@ -30,9 +30,7 @@ logger = logging.getLogger(__name__)
 WRITER = "vaults"  # in the names of unfinished folders; trainers without snapshots write as well
 DUE_S = 1.0  # a vault looks so long for a step that is due before it is asked again
 RECORD_LOOK_S = 0.02
-SLOWEST_DISK = (
-    4e6  # bytes a second of one node's part, all its ranks together; what is slower is not waited for
-)
+SLOWEST_DISK = 4e6  # bytes a second for all ranks of a node; what is slower is not waited for
 BACK_S = 60.0  # a vault that was killed is back within seconds, on a busy machine within half of this
 AGAIN_S = 0.5
 
@@ -49,7 +47,7 @@ class Durable(Rounds):
         self._one = threading.Lock()  # a step at a time
         self._last: Epoch | None = None  # whose steps lie in the slots
         self._ending = False  # what is left to be done is not done in rounds
-        self._done: set[int] = set()  # written in this life
+        self._done: set[int] = set()  # written in this epoch
         self._failing_since = 0.0  # of the due step; 0: it is not
         super().__init__(vaults, name="durable")
 
@@ -61,6 +59,7 @@ class Durable(Rounds):
     def begin(self, epoch: int, homes: Sequence[str]) -> None:
         """Write what the ranks of `epoch` call due."""
         self._last = Epoch(epoch, tuple(homes))
+        self._done.clear()  # ranks that have gone back make steps again, over ones that are damaged perhaps
         super().begin(epoch, homes)
 
     def pause(self) -> None:
@@ -100,7 +99,9 @@ class Durable(Rounds):
                 actors, ranks = self._ranks(last)
                 calls = {n: a.whole.remote(ranks[n]) for n, a in actors.items()}
                 found = self._ask(calls, wanted=lambda: not self._closed)
-                step = max(set.intersection(*found.values()), default=0)
+                whole = set.intersection(*found.values())
+                # the line of a later one may have died with its rank
+                step = max((step for step in whole if step <= self._record.last_step), default=0)
                 if step > self.step:
                     self._write(last, step, wanted=lambda: not self._closed)
         except (RoundFailed, Unusable, OSError) as error:
@@ -112,9 +113,8 @@ class Durable(Rounds):
         with self._one:
             wanted = lambda: self._goes_on(epoch)  # noqa: E731 (handed down)
             try:
-                if (
-                    step := self._due(epoch, wanted=lambda: wanted() and not self._ending, wait_s=DUE_S)
-                ) is not None:
+                step = self._due(epoch, wanted=lambda: wanted() and not self._ending, wait_s=DUE_S)
+                if step is not None:
                     self._write_in_time(epoch, step, wanted)
                     actors, ranks = self._ranks(epoch)
                     for node, actor in actors.items():
@@ -125,14 +125,20 @@ class Durable(Rounds):
         return 0.0
 
     def _due(self, epoch: Epoch, *, wanted: Callable[[], bool], wait_s: float = 0.0) -> int | None:
-        """The step that all ranks keep until it is on disk; None while there is none. Raises RoundFailed."""
+        """The step that ranks keep until it is on disk, once all have passed it; None while there is none.
+        Raises RoundFailed.
+        """
         actors, ranks = self._ranks(epoch)
         calls = {
             n: a.due.remote(ranks[n], wait_s) if wait_s else a.due_now.remote(ranks[n])
             for n, a in actors.items()
         }
-        steps = set(self._ask(calls, wanted=wanted).values())
-        return steps.pop() if len(steps) == 1 else None
+        steps = [step for step in self._ask(calls, wanted=wanted).values() if step is not None]
+        if not steps:
+            return None
+        # a rank that has lost the file in which it said so is none to wait for
+        passed = {n: a.passed.remote(ranks[n], max(steps)) for n, a in actors.items()}
+        return max(steps) if all(self._ask(passed, wanted=wanted).values()) else None
 
     def _write_in_time(self, epoch: Epoch, step: int, wanted: Callable[[], bool]) -> None:
         """Write a step, or give it up and tell. Raises RoundFailed where another try may write it."""

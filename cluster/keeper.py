@@ -73,12 +73,21 @@ class Keeper:
 
     @ray.method(concurrency_group="due")
     def due(self, ranks: Sequence[int], wait_s: float) -> int | None:
-        """As `Pins.due`, within `wait_s`."""
+        """As `Pins.due`, within `wait_s`, once every rank has passed that step."""
         deadline = time.monotonic() + wait_s
-        # found anew at each look: files may not be made yet
-        while (step := Pins(self._folder, ranks, None).due()) is None and time.monotonic() < deadline:
+        while True:
+            pins = Pins(self._folder, ranks, None)  # anew: files may not be made yet
+            step = pins.due()
+            if step is not None and pins.passed(step):
+                return step
+            if time.monotonic() >= deadline:
+                return None
             time.sleep(DUE_LOOK_S)
-        return step
+
+    @ray.method(concurrency_group="serve")
+    def passed(self, ranks: Sequence[int], step: int) -> bool:
+        """As `Pins.passed`."""
+        return Pins(self._folder, ranks, None).passed(step)
 
     @ray.method(concurrency_group="disk")
     def whole(self, ranks: Sequence[int]) -> set[int]:

@@ -166,7 +166,12 @@ class Protector(Rounds):
             step = self._await(epoch, actors, ranks, awaited)
             # not sooner: ranks may wait for the disk, and the awaited step for them
             with self._turns if self._vaults.slots <= SLOTS_FOR_ONE else nullcontext():
-                names = self._keep(epoch, actors, groups, ranks, step)
+                began = time.monotonic()
+                names = self._store(epoch, actors, groups, ranks, step)
+                self._worked_s = time.monotonic() - began
+                there = {n: a.still_there.remote(ranks[n], epoch.number, step) for n, a in actors.items()}
+                if not all(self._ask_all(epoch, there).values()):
+                    raise RoundFailed(f"step {step} was overwritten while it was protected")
         except (RoundFailed, NotProtected):
             for node, actor in actors.items():
                 actor.settle.remote(ranks[node], epoch.number, None, ())
@@ -210,23 +215,6 @@ class Protector(Rounds):
                 f"ranks kept steps {sorted(steps)} instead of one: they are quicker than the round"
             )
         return steps.pop()
-
-    def _keep(
-        self,
-        epoch: Epoch,
-        actors: Mapping[str, Any],
-        groups: Sequence[Group],
-        ranks: Mapping[str, list[int]],
-        step: int,
-    ) -> dict[str, list[str]]:
-        """As `_store`, of a step that was there all the time."""
-        began = time.monotonic()
-        names = self._store(epoch, actors, groups, ranks, step)
-        self._worked_s = time.monotonic() - began
-        there = {n: a.still_there.remote(ranks[n], epoch.number, step) for n, a in actors.items()}
-        if not all(self._ask_all(epoch, there).values()):
-            raise RoundFailed(f"step {step} was overwritten while it was protected")
-        return names
 
     def _store(
         self,

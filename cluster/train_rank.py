@@ -171,7 +171,7 @@ class RankInTrain:
             run=f"rayfold-train-{self._fit}",
             node=self._node[:16],
             folder=str(folder_of(name_of(self._fit, self._node))),
-            slots=config.copies,
+            slots=config.slots or 2,  # the ranks write checkpoints themselves, from a copy of their own
             share=config.memory_share,
             beside=0.0,
             recorded=recorded,

@@ -75,12 +75,15 @@ class Pins:
         return None if -1 in steps else steps
 
     def due(self) -> int | None:
-        """The step that every rank has committed and keeps until it is on disk; None where there is none. Two
-        ranks may be at different ones for the moment that a due step takes.
+        """The newest step that a rank says it keeps until it is on disk; None where none does."""
+        found = (self._due_of(slots) for slots in self._ranks.values())
+        return max((step for step in found if step is not None), default=None)
+
+    def passed(self, step: int) -> bool:
+        """Whether every rank has committed `step` or a later one. A rank that has not kept it then, as its
+        copy failed or its file was removed, never will.
         """
-        found = {self._due_of(slots) for slots in self._ranks.values()}
-        step = found.pop() if len(found) == 1 else None
-        return step if step is not None and self.still_there(step) else None
+        return all(max(self._committed(rank), default=-1) >= step for rank in self._ranks)
 
     def wrote(self, step: int) -> None:
         """Let go of `step`, which is on disk or will not be; where another is due by now, nothing happens."""

@@ -90,3 +90,21 @@ def test_a_run_whose_last_step_comes_to_no_disk_has_failed_and_goes_on_later(
     assert again.status == 0, again.err
     assert events(run_dir, "restored")[-1]["from_step"] == stands
     assert checkpoints(run_dir)[-1] == f"step-{STEPS:08d}"
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+def test_a_stopped_vault_is_started_again_and_writes_what_is_due(
+    bench: Bench, paced: Path, run_dir: Path
+) -> None:
+    """It answers nobody while its ranks do; they wait with the next due step, and no longer."""
+    options = (f"checkpoint.every={EVERY}", f"run.steps={STEPS}", "model.pause_s=0.1", "checkpoint.keep=99")
+    command = bench.start("train", paced, *options)
+    reached(run_dir, EVERY + 2)
+    (vault,) = bench.pids("ray::VaultActor")
+    os.kill(vault, signal.SIGSTOP)
+    wait_until(lambda: set(bench.pids("ray::VaultActor")) - {vault}, 60, "another vault")
+    ended = command.wait()
+    assert ended.status == 0, ended.err
+    assert [event["step"] for event in events(run_dir, "checkpoint")] == list(range(EVERY, STEPS + 1, EVERY))
+    assert not events(run_dir, "verdict"), "nothing was wrong with the ranks"

@@ -15,7 +15,7 @@ import pytest
 from killed import memory_folder
 
 from rayfold.faulttol.coding import PIECE_BYTES, Want, make_again, parity_pieces
-from rayfold.faulttol.header import CHUNK_BYTES, HEADER_BYTES, ImageError
+from rayfold.faulttol.header import CHUNK_BYTES, HEADER_BYTES, DamagedImage, ImageError
 from rayfold.faulttol.image import Image
 from rayfold.faulttol.listing import images_in
 from rayfold.faulttol.pins import Pins, read_span
@@ -312,12 +312,12 @@ def test_a_step_that_is_due_stays_until_it_is_written(folder: Path) -> None:
     for rank in nodes.lives:
         rank.slots.due = 3
     nodes.commit(1, 2)
-    assert pins.due() is None, "it is to come"
+    assert (pins.due(), pins.passed(3)) == (3, False), "it is to come"
     nodes.lives[0].commit(3)
-    assert pins.due() is None, "one rank is not so far"
+    assert not pins.passed(3), "one rank is not so far"
     nodes.lives[1].commit(3)
     nodes.commit(4, 5, 6)
-    assert (pins.due(), pins.whole()) == (3, {3, 5, 6})
+    assert (pins.due(), pins.passed(3), pins.whole()) == (3, True, {3, 5, 6})
     assert Image.open(pins.image_of(1, 3)).step == 3
     pins.wrote(2)
     assert pins.due() == 3
@@ -327,6 +327,24 @@ def test_a_step_that_is_due_stays_until_it_is_written(folder: Path) -> None:
     nodes.lives[0].slots.forget_due()
     nodes.lives[0].slots.due = 2
     assert nodes.lives[0].slots.due == 2, "a run that has gone back makes it again"
+
+
+def test_a_due_step_that_one_rank_will_never_have_is_not_waited_for(folder: Path) -> None:
+    """Its copy failed, or its file is gone: that shows once all ranks are past it, and is said by name."""
+    nodes = Nodes(folder, [[0, 1]], SIZES)
+    pins = Pins(nodes.vaults["n0"].folder, [0, 1], None)
+    for rank in nodes.lives:
+        rank.slots.due = 2
+    nodes.commit(1)
+    nodes.lives[0].commit(2)
+    nodes.lives[0].commit(3)
+    nodes.lives[1].commit(3)
+    assert (pins.due(), pins.passed(2)) == (2, True)
+    with pytest.raises(DamagedImage, match="rank 1 has no copy of step 2"):
+        pins.image_of(1, 2)
+    nodes.lives[1].slots.slots[0].path.unlink()
+    pins = Pins(nodes.vaults["n0"].folder, [0, 1], None)
+    assert (pins.due(), nodes.lives[1].slots.due) == (2, -1), "the other rank still says so"
 
 
 def test_what_goes_to_disk_is_kept_before_what_is_to_be_protected(folder: Path) -> None:

@@ -61,10 +61,11 @@ def test_the_file_begins_anew_when_all_is_told(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / UNTOLD).stat().st_size < 2000
 
 
-def test_no_room_for_a_line_does_not_stop_a_run(tmp_path: Path) -> None:
+def test_no_room_for_a_line_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What is kept for a fault must not be one."""
     (tmp_path / "node").write_text("a file where the folder should be")
     file = Untold(tmp_path / "node")
     file.add(line(1))
     file.all_told()
     file.close()
+    assert "step=1 its line is not kept in memory" in caplog.text
