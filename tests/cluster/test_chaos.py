@@ -254,8 +254,17 @@ def test_every_kind_of_injury_keeps_its_promise(
     bench: Bench, small: Path, run_dir: Path, kind: str, epochs: int, told: str | None, seed: int
 ) -> None:
     """Each alone: what it promises, the record without a hole, and a run that can be gone on with."""
-    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = [12, 30]')
-    options = (f"run.steps={STEPS}", "checkpoint.every=10", "snapshot.spares=1", "--seed", str(seed))
+    # a checkpoint that is not the last is due a second after the disk is full, whatever a step takes
+    times = 8 if kind == "disk_full" else 1
+    all_steps, every = STEPS * times, 10 * times
+    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = [{12 * times}, {(30 - times) * times}]')
+    options = (
+        f"run.steps={all_steps}",
+        f"checkpoint.every={every}",
+        "snapshot.spares=1",
+        "--seed",
+        str(seed),
+    )
     ended = bench.run("chaos", faults, small, *options)
     report = json.loads((run_dir / "chaos.json").read_text())
     (fault,) = report["faults"]
@@ -264,12 +273,12 @@ def test_every_kind_of_injury_keeps_its_promise(
     assert all(problem.startswith(LATE) for problem in fault["problems"]), fault
     assert len(events(run_dir, "formed")) == epochs
     steps = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "attempt" not in line]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, all_steps + 1))
     assert [fault["class"] for fault in events(run_dir, "fault")] == ([told] if told else [])
     if told:
         assert "a checkpoint could not be written, the one before still stands" in fault["outcome"]["alarm"]
         standing = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-        assert "step-00000040" in standing, "there was room again"
+        assert f"step-{all_steps:08d}" in standing, "there was room again"
         assert len(standing) < 4
 
 
@@ -280,18 +289,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(
     bench: Bench, small: Path, run_dir: Path, kind: str
 ) -> None:
     """A flipped bit or a lost tail is never trained on."""
-    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = 35')
-    options = ("run.steps=38", "checkpoint.every=10", "snapshot.spares=0")
+    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = 290')  # long after step 240 is durable
+    options = ("run.steps=304", "checkpoint.every=80", "snapshot.spares=0")
     assert bench.run("chaos", faults, small, *options).status == 0
     (injected,) = lines(run_dir / "chaos.jsonl")
     damaged = Path(injected["file"])
-    assert damaged.parent.name == "step-00000030"
-    last = run_dir / "checkpoints" / "step-00000038"
-    last.rename(last.with_name("step-00000038.deleting"))
-    ended = bench.run("train", small, "run.steps=40", "checkpoint.every=10", "snapshot.spares=0")
+    assert damaged.parent.name == "step-00000240"
+    last = run_dir / "checkpoints" / "step-00000304"
+    last.rename(last.with_name("step-00000304.deleting"))
+    ended = bench.run("train", small, "run.steps=320", "checkpoint.every=80", "snapshot.spares=0")
     assert ended.status == 0, ended.err
     faults = events(run_dir, "fault")
     assert {fault["class"] for fault in faults} == {"damaged_checkpoint"}
     assert str(damaged) in faults[0]["message"]
     assert ("CRC-32" if kind == "flip_checkpoint" else "cut short") in faults[0]["message"]
-    assert events(run_dir, "restored")[-1]["from_step"] == 20
+    assert events(run_dir, "restored")[-1]["from_step"] == 160
