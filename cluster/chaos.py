@@ -85,6 +85,12 @@ def check_campaign(campaign: Campaign, plan: RunPlan) -> None:
             f"{config.run_dir} is finished at step {step}, so there is nothing to injure; choose another "
             "run.name, or raise run.steps"
         )
+    most = 1 if config.snapshot.spares < 0 else config.snapshot.spares
+    if campaign.spares > most:
+        problems.append(
+            f"spares = {campaign.spares}: a fault would wait for more spares than the run keeps; set "
+            f"snapshot.spares={campaign.spares} or more"
+        )
     disturbing = [s for s in campaign.faults if PROMISES[s.kind].recovers and s.kind != "kill_in_recovery"]
     for number, spec in enumerate(campaign.faults):
         at = f"fault[{number}]"
@@ -136,7 +142,7 @@ def run_chaos(
     since = time.time()
     with (
         open(run_dir / INJECTIONS_MADE, "a") as told,
-        Injector(run_dir, chaos.planned, told, since_unix=since) as injector,
+        Injector(run_dir, chaos.planned, told, spares=chaos.campaign.spares, since_unix=since) as injector,
     ):
         run(home)
     report = {
@@ -182,6 +188,7 @@ def planned_lines(planned: Sequence[PlannedFault]) -> list[str]:
 EXAMPLE = """A campaign is a TOML file:
 
     name = "kills"
+    spares = 1          # a fault waits until so many spares are ready; 0, the default: it does not
 
     [[fault]]
     kind = "kill"

@@ -182,6 +182,8 @@ class Course:
             if due:
                 upkeep_at = time.monotonic()
                 self._look_after()
+            elif self._crew.short_of_spares:
+                self._keep_up()
             may_change = (due or self._crew.asked) and not stopping and not self._record.recovering
             if may_change and (change := self._change()) is not None:
                 return change
@@ -202,11 +204,15 @@ class Course:
         if (phase := self._crew.phase()) is not None:
             self.phase = phase
         self._tell_protection()
-        if self._crew.recovers and not self._record.recovering:
-            # not before: a new spare's start would slow a recovery down
-            for pid in self._crew.keep_up():
-                message = f"the spare process {pid} died; another one takes its place"
-                self._record.event("fault", **{"class": "spare", "message": message})
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        if not self._crew.recovers or self._record.recovering:
+            return  # a new spare's start would slow a recovery down
+        for pid in self._crew.keep_up():
+            message = f"the spare process {pid} died; another one takes its place"
+            self._record.event("fault", **{"class": "spare", "message": message})
+        self._record.spares(self._crew.spare_pids().values())
 
     def _tell_protection(self) -> None:
         for news in self._crew.protection_news():

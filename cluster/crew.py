@@ -271,6 +271,11 @@ class Crew:
             self._status = self.fleet.members[0].actor.status.remote()
         return phase
 
+    @property
+    def short_of_spares(self) -> bool:
+        """Whether fewer spares are ready than there should be: until then the next fault costs more."""
+        return len(self.fleet.spares()) < self.fleet.spares_wanted + self.missing
+
     def keep_up(self) -> list[int]:
         """Replace spares that were used or have died, and follow new ones; process ids of the dead."""
         for spare in self.fleet.spares():

@@ -84,6 +84,7 @@ class Situation:
     first_unix: float | None = None  # when the first step of this command was recorded
     last_unix: float = 0.0  # and the last
     formed: dict[str, Any] = field(default_factory=dict)
+    spares: list[int] = field(default_factory=list)  # processes that were said to be ready
     verdict: dict[str, Any] = field(default_factory=dict)
     not_written_unix: float = 0.0  # when the last checkpoint came to nothing
     controller_unix: float = 0.0  # when the last controller began that took over from a lost one
@@ -98,7 +99,9 @@ class Situation:
             self.step_s, self.last_unix = line["step_time_s"], line["time_unix"]
         for event in events:
             if event["kind"] == "formed":
-                self.formed = event
+                self.formed, self.spares = event, event["spare_pids"]
+            if event["kind"] == "spares":
+                self.spares = event["pids"]
             if event["kind"] in ("verdict", "preempted"):
                 self.verdict = event
             if event["kind"] == "fault" and event["class"] == "controller":
@@ -154,12 +157,13 @@ class Injector:
     """
 
     def __init__(
-        self, run_dir: Path, planned: Sequence[PlannedFault], told: TextIO, *, since_unix: float
+        self, run_dir: Path, planned: Sequence[PlannedFault], told: TextIO, *, spares: int, since_unix: float
     ) -> None:
-        """`told` takes a line for each injection, as events are written."""
+        """`told` takes a line for each injection, as events are written; a fault waits for `spares`."""
         self.pending = list(planned)
         self.why: dict[int, str] = {}  # index of a fault -> what it waits for, or why it was not injected
         self._told = told
+        self._spares = spares
         self._metrics = Tail(run_dir / METRICS, since_unix=since_unix)
         self._events = Tail(run_dir / EVENTS, since_unix=since_unix)
         self._now = Situation()
@@ -201,11 +205,14 @@ class Injector:
     def _try(self, fault: PlannedFault) -> dict[str, Any] | None:
         """Inject a fault that is due and tell; None when its moment has not come."""
         if fault.kind == "kill_in_recovery":
-            if not self._now.recovering:
+            if not self._now.recovering or any(other.index < fault.index for other in self.pending):
                 self.why[fault.index] = "no recovery came in which to inject it"
                 return None
         elif self._disturbed is not None and not self._now.is_well(*self._disturbed):
             self.why[fault.index] = "the run ended before the fault before was made up for"
+            return None
+        elif len([pid for pid in self._now.spares if title_of(pid)]) < self._spares:
+            self.why[fault.index] = f"the run ended before {self._spares} spares were ready"
             return None
         step = self._now.step
         done = self._inject(fault)

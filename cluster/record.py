@@ -10,6 +10,7 @@ ranks, so that no line is missing and none is there twice, whenever the one befo
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Record:
         self._restored: dict[str, Any] | None = None  # its event
         self._fault_step = 0
         self._taken: dict[int, int] = {}  # rank -> how many of its lines of this epoch are written down
+        self._spares: set[int] = set()  # processes that were said to be ready to take a rank's place
         if left is not None:
             self._go_on(left)
 
@@ -113,6 +115,12 @@ class Record:
             self._add({"event": self._journal.event(kind, step, **fields)})
             self._save()
 
+    def spares(self, pids: Iterable[int]) -> None:
+        """These processes are ready to take a rank's place; told where that is news."""
+        if (ready := set(pids)) != self._spares:
+            self._spares = ready
+            self.event("spares", pids=sorted(ready))
+
     def begin_epoch(self, epoch: int, formed: dict[str, Any], *, came_unix: float | None) -> None:
         """Hear the ranks of `epoch`; `came_unix` is when the fault came, if that is known better by now."""
         with self._lock:
@@ -123,7 +131,7 @@ class Record:
                 self._phases.end("regroup")
                 if came_unix is not None:
                     self._phases.began_at(came_unix)
-            self._accepted, self._taken = epoch, {}
+            self._accepted, self._taken, self._spares = epoch, {}, set(formed["spare_pids"])
             self._add({"event": self._journal.event("formed", self.step, **formed)})
             self._save()
 

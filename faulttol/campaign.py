@@ -1,6 +1,7 @@
 """A chaos campaign: a TOML file of faults to be injected, and the seeded list that it stands for.
 
     name = "kills"
+    spares = 1           # a fault waits until so many spares are ready; 0, the default: it does not
 
     [[fault]]
     kind = "kill_in_update"
@@ -82,6 +83,7 @@ class Campaign:
 
     name: str
     faults: tuple[FaultSpec, ...]
+    spares: int = 0  # as many are to be ready before a fault is injected
     source: str = "campaign"  # for messages
 
 
@@ -112,10 +114,12 @@ def read_campaign(path: Path) -> Campaign:
 
 def parse_campaign(values: Mapping[str, Any], *, source: str) -> Campaign:
     """As `read_campaign`, from plain values; `source` stands before every problem."""
-    problems = _unknown(values, ("name", "fault"), "")
-    name = values.get("name", Path(source).stem)
+    problems = _unknown(values, ("name", "spares", "fault"), "")
+    name, spares = values.get("name", Path(source).stem), values.get("spares", 0)
     if not isinstance(name, str) or not name:
         problems.append(f'name: is {name!r}; give a text such as "kills"')
+    if not _whole(spares, 0):
+        problems.append(f"spares: is {_shown(spares)}; give how many a fault waits for, 0: none")
     sections = values.get("fault", [])
     if not isinstance(sections, list) or not sections or not all(isinstance(s, Mapping) for s in sections):
         problems.append("fault: a campaign has faults; write each as a section [[fault]]")
@@ -123,7 +127,8 @@ def parse_campaign(values: Mapping[str, Any], *, source: str) -> Campaign:
     specs = [_fault_spec(section, f"fault[{i}].", problems) for i, section in enumerate(sections)]
     if problems:
         raise CampaignError("\n".join(f"{source}: {problem}" for problem in problems))
-    return Campaign(name=name, faults=tuple(spec for spec in specs if spec), source=source)
+    faults = tuple(spec for spec in specs if spec)
+    return Campaign(name=name, faults=faults, spares=spares, source=source)
 
 
 def schedule(campaign: Campaign, seed: int, layout: Layout) -> list[PlannedFault]:

@@ -23,6 +23,7 @@ EventKind = Literal[
     "restored",
     "resized",
     "preempted",
+    "spares",
     "run_finished",
 ]
 METRICS, EVENTS, SUMMARY = "metrics.jsonl", "events.jsonl", "summary.json"

@@ -1,10 +1,7 @@
 """`rayfold chaos`: what cannot be injected is refused at once, and what is injected is reported as it was."""
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import Bench, events, final_tensors, lines
@@ -15,10 +12,12 @@ LATE = ("detected in", "resumed in")  # promises of a machine that does nothing 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chaos.toml"
 
 
-def campaign(folder: Path, *faults: str) -> Path:
-    """A campaign file with these sections."""
+def campaign(folder: Path, *faults: str, spares: int = 0) -> Path:
+    """A campaign file with these sections, each of which waits for so many spares."""
     path = folder / "campaign.toml"
-    path.write_text('name = "tried"\n' + "".join(f"\n[[fault]]\n{fault}\n" for fault in faults))
+    path.write_text(
+        f'name = "tried"\nspares = {spares}\n' + "".join(f"\n[[fault]]\n{fault}\n" for fault in faults)
+    )
     return path
 
 
@@ -61,6 +60,14 @@ def test_what_cannot_be_injected_is_refused_before_anything_starts(
     assert said in ended.err
     assert "Traceback" not in ended.err
     assert not run_dir.exists()
+
+
+def test_a_campaign_that_waits_for_more_spares_than_there_are_is_refused(bench: Bench, small: Path) -> None:
+    """Its faults would never come."""
+    waits = campaign(bench.folder, KILL, spares=2)
+    ended = bench.run("chaos", waits, small, "snapshot.spares=1", "--dry-run", timeout_s=30)
+    assert ended.status == 2
+    assert "set snapshot.spares=2 or more" in ended.err
 
 
 def test_all_problems_of_a_campaign_are_told_at_once(bench: Bench, small: Path) -> None:
@@ -146,6 +153,7 @@ def check_as_if_nothing_had_happened(run_dir: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 def test_notice_an_exception_and_a_lost_copy_leave_the_numbers_as_they_were(
     bench: Bench, small: Path, run_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -172,114 +180,6 @@ def test_notice_an_exception_and_a_lost_copy_leave_the_numbers_as_they_were(
     assert (preempted["ranks"], preempted["node"]) == ([1], "")
     undisturbed = train_undisturbed(tmp_path_factory.mktemp("undisturbed"), small, *options)
     check_as_if_nothing_had_happened(run_dir, undisturbed)
-
-
-# Each in one run, some seconds apart, in an order that the seed draws; the kill comes after the lost copy, of
-# the same rank.
-IN_TURN = ("preempt", "exception", "oom", "stuck", "lose_slot", "kill_controller", "kill_node", "kill")
-APART = 100  # steps: as many as it takes until a spare is up again
-
-
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """A run as long as one with all of those, undisturbed, made once."""
-    made: list[Path] = []
-
-    def run_of(config: Path) -> Path:
-        if not made:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            made.append(train_undisturbed(folder, config, *long_options()))
-        return made[0]
-
-    return run_of
-
-
-def long_options() -> tuple[str, ...]:
-    return f"run.steps={APART * (len(IN_TURN) + 1)}", "checkpoint.every=0", "model.pause_s=0.02"
-
-
-def drawn_sections(seed: int) -> list[str]:
-    """All of them, for a campaign file."""
-    draw = random.Random(f"in turn {seed}")
-    kinds, ranks = list(IN_TURN[:-1]), {kind: draw.randrange(2) for kind in IN_TURN}
-    draw.shuffle(kinds)
-    kinds.insert(kinds.index("lose_slot") + 1, "kill")
-    ranks["kill"] = ranks["lose_slot"]
-    sections = []
-    for number, kind in enumerate(kinds):
-        rank = "" if kind == "kill_controller" else f"rank = {ranks[kind]}\n"
-        at = APART * (number + 1) - draw.randrange(APART // 4)
-        sections.append(f'kind = "{kind}"\n{rank}at_step = {at}')
-    return sections
-
-
-@pytest.mark.ray
-@pytest.mark.campaign
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(20))
-def test_fault_after_fault_keeps_its_promise_and_the_run_ends_as_if_nothing_had_happened(
-    bench: Bench, paced: Path, run_dir: Path, long_run: Callable[[Path], Path], seed: int
-) -> None:
-    """No step is lost but by a torn update, no sample is trained twice, and no bit is another."""
-    faults = campaign(bench.folder, *drawn_sections(seed))
-    options = (*long_options(), "snapshot.spares=2", "--seed", str(seed))
-    ended = bench.run("chaos", faults, paced, *options, timeout_s=400)
-    report: dict[str, Any] = json.loads((run_dir / "chaos.json").read_text())
-    assert (report["status"], report["injected"]) == ("finished", len(IN_TURN)), ended.err
-    broken = {
-        fault["kind"]: problems
-        for fault in report["faults"]
-        if (problems := [p for p in fault["problems"] if not p.startswith(LATE)])
-    }
-    assert not broken
-    assert {event["action"] for event in events(run_dir, "remedy")} == {"replace"}
-    check_as_if_nothing_had_happened(run_dir, long_run(paced))
-
-
-# what is injected, how many epochs the run has then, and the class of the fault that it tells
-KINDS = [
-    ("stale", 2, None),
-    ("truncate", 2, None),
-    ("flip_checkpoint", 1, None),
-    ("truncate_checkpoint", 1, None),
-    ("disk_full", 1, "disk"),
-]
-
-
-@pytest.mark.ray
-@pytest.mark.campaign
-@pytest.mark.parametrize(("kind", "epochs", "told"), KINDS, ids=[kind for kind, *_ in KINDS])
-@pytest.mark.parametrize("seed", range(4))
-def test_every_kind_of_injury_keeps_its_promise(
-    bench: Bench, small: Path, run_dir: Path, kind: str, epochs: int, told: str | None, seed: int
-) -> None:
-    """Each alone: what it promises, the record without a hole, and a run that can be gone on with."""
-    # a checkpoint that is not the last is due a second after the disk is full, whatever a step takes
-    times = 8 if kind == "disk_full" else 1
-    all_steps, every = STEPS * times, 10 * times
-    faults = campaign(bench.folder, f'kind = "{kind}"\nat_step = [{12 * times}, {(30 - times) * times}]')
-    options = (
-        f"run.steps={all_steps}",
-        f"checkpoint.every={every}",
-        "snapshot.spares=1",
-        "--seed",
-        str(seed),
-    )
-    ended = bench.run("chaos", faults, small, *options)
-    report = json.loads((run_dir / "chaos.json").read_text())
-    (fault,) = report["faults"]
-    assert report["status"] == "finished", ended.err
-    assert fault["kept"] is not None, fault
-    assert all(problem.startswith(LATE) for problem in fault["problems"]), fault
-    assert len(events(run_dir, "formed")) == epochs
-    steps = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "attempt" not in line]
-    assert steps == list(range(1, all_steps + 1))
-    assert [fault["class"] for fault in events(run_dir, "fault")] == ([told] if told else [])
-    if told:
-        assert "a checkpoint could not be written, the one before still stands" in fault["outcome"]["alarm"]
-        standing = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-        assert f"step-{all_steps:08d}" in standing, "there was room again"
-        assert len(standing) < 4
 
 
 @pytest.mark.ray

@@ -48,6 +48,7 @@ def check_record(run_dir: Path, *, again: int = 0) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_a_run_whose_controller_is_killed_twice_ends_as_if_nothing_had_happened(
     bench: Bench, paced: Path, run_dir: Path

@@ -30,11 +30,16 @@ def event(step: int) -> tuple[str, dict[str, Any]]:
     return "event", {"kind": "checkpoint", "step": step, "seconds": 0.0}
 
 
+def formed(epoch: int) -> dict[str, Any]:
+    """What is told of ranks that have formed."""
+    return {"epoch": epoch, "spare_pids": [7]}
+
+
 def begin(run_dir: Path) -> None:
     """The record of a run whose ranks have formed."""
     record = Record(run_dir, "test", owner="a")
     record.event("run_started")
-    record.begin_epoch(1, {"epoch": 1}, came_unix=None)
+    record.begin_epoch(1, formed(1), came_unix=None)
     record.close()
 
 
@@ -115,6 +120,20 @@ def test_whoever_watches_sees_the_news_since_a_number_and_a_run_without_watchers
     assert len(news) <= 2 * NEWS_KEPT
     assert news[-1]["metric"]["step"] == many - 1
     record.close()
+
+
+def test_spares_are_told_when_others_are_ready_than_were_said_to_be(tmp_path: Path) -> None:
+    """When the ranks form that is said too."""
+    begin(tmp_path)
+    record = Record(tmp_path, "test", owner="a")
+    record.spares([8, 7])
+    record.spares([7, 8])
+    record.begin_epoch(2, formed(2), came_unix=None)  # one of them has a rank now
+    record.spares([7])
+    record.spares([])
+    record.close()
+    told = [event["pids"] for event in read_lines(tmp_path / EVENTS) if event["kind"] == "spares"]
+    assert told == [[7, 8], []]
 
 
 def test_a_ledger_is_read_by_its_owner_and_damage_is_noticed(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ LAYOUTS = {
     "tp": ("parallel.tp=2", "model.kv_heads=2"),
     "pp": ("parallel.pp=2",),
 }
-SEEDS = [pytest.param(seed, marks=[pytest.mark.campaign] if seed else []) for seed in range(20)]
 PROMISED_LOST_STEPS = 1  # the step that a kill in the middle of an update tears; none otherwise
 PHASES = ("detect_s", "decide_s", "fence_s", "regroup_s", "restore_s", "catch_up_s")
 SAME_BUT_FOR_ROUNDING = 1e-4  # of some hundred steps; sums of one rank and of two differ in their order
@@ -78,7 +77,8 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], P
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_rank_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
     bench: Bench,
@@ -119,6 +119,7 @@ def test_a_killed_rank_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 def test_a_stopped_rank_is_replaced_and_its_process_ended(
     bench: Bench, small: Path, run_dir: Path, runs_of: Callable[[str, Path], Path]
 ) -> None:

@@ -111,14 +111,14 @@ def test_only_the_ranks_of_the_present_epoch_are_heard_and_the_restored_event_wa
     far = 2e9  # a time after this test
     record = Record(tmp_path, "test", owner="a")
     assert not record.take_in([line(1, 1.0)], epoch=1, rank=0, number=0), "nothing is formed yet"
-    record.begin_epoch(1, {"epoch": 1}, came_unix=None)
+    record.begin_epoch(1, {"epoch": 1, "spare_pids": []}, came_unix=None)
     assert record.take_in([line(1, 1.0), line(2, 2.0)], epoch=1, rank=0, number=0)
     record.begin_recovery(since=2.5)
     assert record.take_in([line(3, far)], epoch=1, rank=0, number=2), "the last words of the epoch"
     assert record.recovering
     record.end_epoch()
     assert not record.take_in([line(4, far)], epoch=1, rank=0, number=3)
-    record.begin_epoch(2, {"epoch": 2}, came_unix=None)
+    record.begin_epoch(2, {"epoch": 2, "spare_pids": []}, came_unix=None)
     told = ("event", {"kind": "restored", "step": 2, "from_step": 2})
     record.take_in([told, line(3, far)], epoch=2, rank=0, number=0)
     assert not record.recovering

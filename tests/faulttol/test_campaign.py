@@ -154,6 +154,15 @@ def test_a_campaign_without_faults_is_refused(values: dict[str, Any]) -> None:
         parse_campaign(values, source="chaos.toml")
 
 
+def test_how_many_spares_a_fault_waits_for_is_a_number() -> None:
+    """None unless that is said."""
+    fault = [{"kind": "kill", "at_step": 1}]
+    assert parse_campaign({"fault": fault}, source="chaos.toml").spares == 0
+    assert parse_campaign({"fault": fault, "spares": 2}, source="chaos.toml").spares == 2
+    with pytest.raises(CampaignError, match=r"chaos.toml: spares: is -1; give how many a fault waits for"):
+        parse_campaign({"fault": fault, "spares": -1}, source="chaos.toml")
+
+
 def test_a_rank_beyond_the_layout_is_refused() -> None:
     """Known only where the layout is."""
     with pytest.raises(CampaignError, match=r"chaos.toml: fault\[0\].rank: is 4, .* ranks 0 to 3"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from alike import rows_of
 from harness import run_ranks
-from peak import resident, watch_peak
+from peak import most_of_its_own, watch_peak
 from training import small_config, write_corpus
 
 from rayfold.models.registry import build_model
@@ -59,7 +59,7 @@ def peaks(plan: RunPlan) -> list[int]:
             batch = batch_of(plan.config.data.seq_len, number)
             micro = [rows_of(batch, slice(row, row + 1)) for row in range(first, first + part)]
             train_step(model, optimizer, micro, lr=1e-3, clip_norm=1.0)
-        return resident("VmHWM") - before
+        return most_of_its_own() - before
 
     return run_ranks(2, on_rank, timeout_s=120.0)
 
