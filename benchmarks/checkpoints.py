@@ -16,16 +16,15 @@ Times are medians with the smallest and the largest. Keys such as `data.seq_len=
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
 
+from figures import median, spread, tell
+
+BENCH = "checkpoints"
 CONFIG = Path(__file__).parent / "throughput.toml"
 KINDS = {"vaults": "snapshot.enabled=true", "ranks": "snapshot.enabled=false"}
 SMALL = ["run.workers=2", "data.seq_len=128", "batch.size=4", "snapshot.spares=0", "checkpoint.keep=1"]
@@ -49,9 +48,10 @@ def main() -> None:
             found[kind].append(run)
             print(f"pair {pair + 1}/{args.pairs}: {kind} {median(run['stall_s']):.4f} s", file=sys.stderr)
     for kind, runs in found.items():
-        tell(kind, **{name: spread([v for run in runs for v in run[name]]) for name in runs[0]})
+        tell(BENCH, kind, **{name: spread([v for run in runs for v in run[name]]) for name in runs[0]})
     pairs = list(zip(found["ranks"], found["vaults"], strict=True))
     tell(
+        BENCH,
         "ratio",
         stall=spread([median(ranks["stall_s"]) / median(vaults["stall_s"]) for ranks, vaults in pairs]),
         step=spread([sum(ranks["step_s"]) / sum(vaults["step_s"]) for ranks, vaults in pairs]),
@@ -84,17 +84,6 @@ def measured(settings: Sequence[str], *, steps: int, every: int) -> dict[str, li
         "step_s": [line["step_time_s"] for line in steady],
         "durable_s": [event["seconds"] for event in told if event["kind"] == "checkpoint"],
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": round(median(values), 5), "min": round(min(values), 5), "max": round(max(values), 5)}
-
-
-def tell(what: str, **values: Any) -> None:
-    """Print one line."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(json.dumps({"bench": "checkpoints", "what": what, **values, "machine": machine}), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from figures import median
 from plain_ray_train import STARTED, STEPS
 
 from rayfold.cluster.reaper import MARK, end_session
@@ -165,15 +166,6 @@ def lines(path: Path) -> Lines:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle one; NaN of none."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if not ordered:
-        return float("nan")
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _start(command: list[str], env: dict[str, str], output: Path) -> "subprocess.Popen[bytes]":

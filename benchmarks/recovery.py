@@ -1,6 +1,7 @@
 """How long a run is down when a rank is killed, beside Ray Train, and how much of its time is useful.
 
-    python benchmarks/recovery.py [--pairs 3] [--kills 3] [--seconds 120] [--only KIND ...] [KEY=VALUE ...]
+    python benchmarks/recovery.py [--pairs 3] [--kills 3] [--seconds 120] [--ranks 2] [--only KIND ...]
+                                  [KEY=VALUE ...]
 
 One small Llama on two ranks, steps of some 0.2 s, a snapshot in memory at every one. Prints one JSON object a
 line:
@@ -23,14 +24,12 @@ alternating order. Times are medians with the smallest and the largest. Ray Trai
 
 import argparse
 import importlib.util
-import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from killed_runs import Kill, Told, median, plain_run_killed, rayfold_run
+from figures import median, spread, tell
+from killed_runs import Kill, Told, plain_run_killed, rayfold_run
 
 KINDS = ("spare", "shrink", "ray_train", "goodput")
 SMALL = ["data.seq_len=128", "batch.size=4"]  # a step takes some 0.2 s on two cores
@@ -38,7 +37,7 @@ SPARES = {"spare": 1, "shrink": 0}
 ACTIONS = {"spare": "replace", "shrink": "shrink"}
 SETTLE_S = {"spare": 20.0, "shrink": 25.0}  # between kills: a new spare is up, the run has grown back
 EVERY_S = (15, 60)
-RANKS = 2
+BENCH = "recovery"
 
 
 def main() -> None:
@@ -50,49 +49,52 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=120, help="length of the runs of goodput (default 120)"
     )
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="of the run; fewer than cores leave one to a spare's start"
+    )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="what to measure")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="put over the configuration")
     args = parser.parse_intermixed_args()
-    settings = [f"run.workers={RANKS}", *SMALL, *args.settings]
+    settings = [f"run.workers={args.ranks}", *SMALL, *args.settings]
     down = [kind for kind in args.only if kind != "goodput"]
     if "ray_train" in down and importlib.util.find_spec("pandas") is None:  # which ray[train] brings
         down.remove("ray_train")
         print("Ray Train is left out: pip install 'ray[train]'", file=sys.stderr)
     if down:
-        measure_kills(down, settings, pairs=args.pairs, kills=args.kills)
+        measure_kills(down, settings, ranks=args.ranks, pairs=args.pairs, kills=args.kills)
     if "goodput" in args.only:
         measure_goodput(settings, seconds=args.seconds, pairs=args.pairs)
 
 
-def measure_kills(kinds: Sequence[str], settings: list[str], *, pairs: int, kills: int) -> None:
+def measure_kills(kinds: Sequence[str], settings: list[str], *, ranks: int, pairs: int, kills: int) -> None:
     """Pairs of runs; prints a line a kind, and the ratios."""
     found: dict[str, list[list[Kill]]] = {kind: [] for kind in kinds}
     step_s: dict[str, list[float]] = {kind: [] for kind in kinds}
     injected = dict.fromkeys(kinds, 0)
     for pair in range(pairs):
         for kind in kinds if pair % 2 == 0 else reversed(kinds):
-            told, recovered = killed(kind, settings, kills=kills, seed=pair)
+            told, recovered = killed(kind, settings, ranks=ranks, kills=kills, seed=pair)
             found[kind].append(recovered)
             step_s[kind].append(told.step_s)
             injected[kind] += len(told.kills)
             say = ", ".join(f"{kill.outside_s:.2f} s" for kill in recovered)
             print(f"pair {pair + 1}/{pairs}: {kind} {say}", file=sys.stderr, flush=True)
     for kind in kinds:
-        every = figures([kill for run in found[kind] for kill in run])
-        tell(kind, injected=injected[kind], **every, step_s=median(step_s[kind]))
+        every = said_of([kill for run in found[kind] for kill in run])
+        tell(BENCH, kind, injected=injected[kind], **every, step_s=median(step_s[kind]))
     for kind in [kind for kind in ACTIONS if kind in found and "ray_train" in found]:
         ratios = [
             plain[0].outside_s / median([kill.outside_s for kill in ours])
             for ours, plain in zip(found[kind], found["ray_train"], strict=True)
             if ours
         ]
-        tell("ratio", of=f"ray_train over {kind}", ratio=spread(ratios))
+        tell(BENCH, "ratio", of=f"ray_train over {kind}", ratio=spread(ratios))
 
 
-def killed(kind: str, settings: list[str], *, kills: int, seed: int) -> tuple[Told, list[Kill]]:
+def killed(kind: str, settings: list[str], *, ranks: int, kills: int, seed: int) -> tuple[Told, list[Kill]]:
     """One run of a kind, and its recoveries; those by another remedy (no spare was up yet) are left out."""
     if kind == "ray_train":
-        told, kill = plain_run_killed(settings, ranks=RANKS, seed=seed)
+        told, kill = plain_run_killed(settings, ranks=ranks, seed=seed)
         return told, [kill]
     told = rayfold_run(
         [*settings, f"snapshot.spares={SPARES[kind]}"],
@@ -128,8 +130,9 @@ def measure_goodput(settings: list[str], *, seconds: float, pairs: int) -> None:
             shares[every].append(steps[every] / steps[0])
             kills[every] += down[every]
     for every in rates:
-        recovered = figures(kills[every]) if kills[every] else {}
+        recovered = said_of(kills[every]) if kills[every] else {}
         tell(
+            BENCH,
             "goodput",
             kill_every_s=every,
             seconds=seconds,
@@ -139,7 +142,7 @@ def measure_goodput(settings: list[str], *, seconds: float, pairs: int) -> None:
         )
 
 
-def figures(kills: Sequence[Kill]) -> dict[str, Any]:
+def said_of(kills: Sequence[Kill]) -> dict[str, Any]:
     """What there is to say of some recoveries."""
     names = dict.fromkeys(name for kill in kills for name in kill.phases)
 
@@ -154,19 +157,6 @@ def figures(kills: Sequence[Kill]) -> dict[str, Any]:
         "lost_steps": of(lambda kill: kill.lost_steps),
         "sources": sorted({kill.source for kill in kills}),
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Median, smallest and largest; None of nothing."""
-    if not values:
-        return None
-    return {"median": round(median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
-
-
-def tell(what: str, **values: Any) -> None:
-    """Print one line."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(json.dumps({"bench": "recovery", "what": what, **values, "machine": machine}), flush=True)
 
 
 if __name__ == "__main__":
