@@ -26,6 +26,7 @@ import ray
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from ..faulttol.stuck import Told
+from ..faulttol.untold import untold_in
 from ..faulttol.verdict import failure_of
 from ..runtime.config import check_config
 from ..runtime.plan import make_run_plan
@@ -160,9 +161,9 @@ class Worker:
         self._epoch, self._stop = epoch, (stop := threading.Event())
         if self._stopping or epoch <= self._halted:  # told so before it was here
             stop.set()
-        if memory is not None and memory.untold:
-            lines = (*memory.untold, *self._warm.lines)
-            self._warm.lines = deque(lines, maxlen=LINES_KEPT + len(memory.untold))
+        if memory is not None and not self._warm.lines:  # who has trained knows its lines itself
+            lines = (*memory.untold, *untold_in(Path(memory.folder), after=memory.recorded))
+            self._warm.lines = deque(lines, maxlen=LINES_KEPT + len(lines))
         self._trainer = Trainer(
             make_run_plan(config, cpus=1, gpus=gpus),
             outbox,

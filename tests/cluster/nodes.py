@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,9 @@ class _Process:
 class Cluster:
     """A head and further nodes, each of one CPU, on this machine."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._bench, self.count = Bench(folder), 1
+    def __init__(self, folder: Path, count: int, *, zones: Mapping[int, str] | None = None) -> None:
+        """`zones`: the zone label of nodes by their numbers."""
+        self._bench, self.count, self._zones = Bench(folder), 1, zones or {}
         self._raylets: dict[int, _Process] = {}  # by node
         self._known: dict[int, list[_Process]] = {}  # by node, as seen last
         self._port = free_port()
@@ -75,7 +77,8 @@ class Cluster:
     def _start(self, number: int, *options: str) -> None:
         command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--num-cpus=1"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats"]
-        command += [f"--node-ip-address=127.0.0.{number + 1}", f"--labels=name=node{number}"]
+        labels = f"name=node{number}" + (f",zone={zone}" if (zone := self._zones.get(number)) else "")
+        command += [f"--node-ip-address=127.0.0.{number + 1}", f"--labels={labels}"]
         names = ("metrics-export-port", "dashboard-agent-listen-port", "runtime-env-agent-port")
         command += [f"--{name}={free_port()}" for name in names]
         env = self.env | {NODE_MARK: f"node{number}"}
@@ -160,6 +163,15 @@ def safe_step(run_dir: Path) -> int:
             with contextlib.suppress(OSError, ImageError), header_of(path) as header:
                 kept.append(header.kept)
     return min(kept, default=-1)
+
+
+def awaits_step(run_dir: Path) -> bool:
+    """Whether a round of protection is under way, whose step is not protected yet."""
+    for node in set(events(run_dir, "formed")[-1]["nodes"]):
+        for path in Path("/dev/shm").glob(f"*-state/{node[:16]}/rank-*.slot-0"):
+            with contextlib.suppress(OSError, ImageError), header_of(path) as header:
+                return header.awaited >= 0
+    return False
 
 
 def protected_since(run_dir: Path, step: int) -> None:

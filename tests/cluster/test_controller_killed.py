@@ -106,6 +106,27 @@ def test_a_rank_that_is_killed_with_the_controller_is_replaced_by_the_next_one(
 @pytest.mark.ray
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
+def test_what_ranks_had_done_while_there_was_no_controller_is_told_though_all_of_them_died_then(
+    bench: Bench, paced: Path, run_dir: Path
+) -> None:
+    """Nobody who made those steps is left to tell of them."""
+    command = bench.start("train", paced, *SLOW, "snapshot.spares=2")
+    reached(run_dir, 5)
+    (formed,) = events(run_dir, "formed")
+    kill_controller(bench)
+    wait_until(lambda: False, 0.5, "")  # it takes a second until there is another one
+    for pid in formed["pids"]:
+        os.kill(pid, signal.SIGKILL)
+    ended = command.wait()
+    assert ended.status == 0, ended.err
+    (restored,) = events(run_dir, "restored")
+    assert restored["source"] == "memory"
+    check_record(run_dir, again=restored["lost_steps"])
+
+
+@pytest.mark.ray
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
 def test_ctrl_c_is_heard_although_there_is_no_controller_at_that_moment(
     bench: Bench, paced: Path, run_dir: Path
 ) -> None:

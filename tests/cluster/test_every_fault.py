@@ -55,12 +55,12 @@ def slow(small: Path) -> Path:
     return path
 
 
-def sections(seed: int) -> list[str]:
+def sections(layout: str, seed: int) -> list[str]:
     """All of them in the order of the seed, each as soon as the one before is made up for, and at last a kill
     in the midst of another one's recovery.
     """
     kinds = list(KINDS)
-    random.Random(seed).shuffle(kinds)
+    random.Random(f"{layout} {seed}").shuffle(kinds)
     kinds += ["kill", "kill_in_recovery"]
     # there must be a checkpoint before the disk is full
     return [f'kind = "{kind}"\nat_step = {CHECKPOINTS_EVERY + 10 + i}' for i, kind in enumerate(kinds)]
@@ -85,7 +85,7 @@ def test_fault_after_fault_is_borne_and_the_run_ends_as_if_nothing_had_happened(
     seed: int,
 ) -> None:
     """Each keeps its promise, with ranks of a data, a tensor and a pipeline axis."""
-    planned = sections(seed)
+    planned = sections(layout, seed)
     options = (*LAYOUTS[layout], f"checkpoint.every={CHECKPOINTS_EVERY}")
     endless = ("run.steps=1000000", "model.pause_s=0.02", f"snapshot.spares={SPARES}", "--seed", str(seed))
     faults = campaign(bench.folder, *planned, spares=2)
