@@ -182,16 +182,16 @@ class Course:
             if due:
                 upkeep_at = time.monotonic()
                 self._look_after()
-            elif self._crew.short_of_spares:
+            elif self._crew.reserve.is_short(self._crew.missing):
                 self._keep_up()
-            may_change = (due or self._crew.asked) and not stopping and not self._record.recovering
+            may_change = (due or self._crew.reserve.asked) and not stopping and not self._record.recovering
             if may_change and (change := self._change()) is not None:
                 return change
         return State.STOPPED if "stopped" in statuses else State.FINISHED
 
     def _change(self) -> Shrink | Move | None:
         """How the run should go on otherwise than it does, though no rank is lost."""
-        if (leaving := self._crew.leaving()) is not None:
+        if (leaving := self._crew.reserve.leaving()) is not None:
             remedy = self._mending.about(leaving)
             if isinstance(remedy, Move):
                 return remedy
@@ -209,10 +209,10 @@ class Course:
     def _keep_up(self) -> None:
         if not self._crew.recovers or self._record.recovering:
             return  # a new spare's start would slow a recovery down
-        for pid in self._crew.keep_up():
+        for pid in self._crew.reserve.keep_up(self._crew.missing):
             message = f"the spare process {pid} died; another one takes its place"
             self._record.event("fault", **{"class": "spare", "message": message})
-        self._record.spares(self._crew.spare_pids().values())
+        self._record.spares(self._crew.reserve.pids().values())
 
     def _tell_protection(self) -> None:
         for news in self._crew.protection_news():

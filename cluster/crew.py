@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..faulttol.remedy import Replace, Shrink, Spare
+from ..faulttol.remedy import Replace, Shrink
 from ..faulttol.verdict import Failure
 from ..runtime.checkpoint.shelf import Shelf
 from ..runtime.config import check_config
@@ -24,10 +24,11 @@ from .fleet import Fleet, form, start_fleet
 from .home import Home
 from .losses import Losses, short_name
 from .meeting import Meeting
-from .notice import Asked, Leaving, draining_nodes
+from .notice import Asked
 from .protect import Protector
 from .record import Record
 from .recovery import with_layout
+from .reserve import Reserve
 from .vault import Vaults, node_name
 from .watch import Notice, seen_of
 
@@ -53,6 +54,7 @@ class Crew:
         self._controller = controller
         self._node = ray.get_runtime_context().get_node_id()
         self._fleet: Fleet | None = None
+        self._reserve: Reserve | None = None
         self._home = home
         self._run = os.path.basename(run)
         self._vaults = Vaults(home, controller, plan.config.snapshot, own_node=self._node, session=run)
@@ -63,7 +65,6 @@ class Crew:
         self._losses = Losses(self._vaults, own_node=self._node, recovers=self.recovers)
         self._running: dict[Any, int] = {}
         self._meeting: Meeting | None = None
-        self._draining: dict[str, float | None] = {}  # nodes that will be taken away, as last told
         self._asked: set[str] = set()  # workers that were asked to leave, by name
         self._status: Any = None
         self._killed: Any = None  # a vault's answer about the process it ended last
@@ -73,6 +74,12 @@ class Crew:
         """The workers; they are started by then."""
         assert self._fleet is not None, "start comes first"
         return self._fleet
+
+    @property
+    def reserve(self) -> Reserve:
+        """The processes beside the ranks; they are started by then."""
+        assert self._reserve is not None, "start comes first"
+        return self._reserve
 
     @property
     def recovers(self) -> bool:
@@ -114,7 +121,7 @@ class Crew:
     def start(self, given_up: Callable[[], bool]) -> None:
         """Start the workers and the store where they meet. Raises FleetError and StartGivenUp."""
         self._meeting = self._open_meeting()  # imports torch, as the workers do meanwhile
-        self._fleet = start_fleet(self.plan, self._home, given_up, run=self._run, controller=self._controller)
+        self._lead(start_fleet(self.plan, self._home, given_up, run=self._run, controller=self._controller))
         for member in self.fleet.members:
             self._losses.follow(member)
 
@@ -147,8 +154,8 @@ class Crew:
         self.plan = make_run_plan(config, cpus=1, gpus=int(config.run.device == "cuda"))
         self._losses.nodes |= set(values["lost_nodes"])
         self._meeting = self._open_meeting()
-        self._fleet = Fleet.found(
-            self.plan, self._home, values["fleet"], run=self._run, controller=self._controller
+        self._lead(
+            Fleet.found(self.plan, self._home, values["fleet"], run=self._run, controller=self._controller)
         )
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for member in self.fleet.members:
@@ -271,50 +278,6 @@ class Crew:
             self._status = self.fleet.members[0].actor.status.remote()
         return phase
 
-    @property
-    def short_of_spares(self) -> bool:
-        """Whether fewer spares are ready than there should be: until then the next fault costs more."""
-        return len(self.fleet.spares()) < self.fleet.spares_wanted + self.missing
-
-    def keep_up(self) -> list[int]:
-        """Replace spares that were used or have died, and follow new ones; process ids of the dead."""
-        for spare in self.fleet.spares():
-            self._losses.follow(spare)
-        dead = self._losses.dead_spares(self.fleet)
-        wanted = self.fleet.spares_wanted + self.missing  # those that would make the run whole again
-        missing = max(0, wanted - self.fleet.spares_in_all)
-        self.fleet.add_spares(missing, avoid=self._draining, in_background=True)
-        return dead
-
-    def start_anew(self) -> list[Spare]:
-        """New processes for all ranks, when none is left and no spare: their state is in memory still. Waits
-        for them up to `run.start_timeout_s`; with those that are there by then the run may go on.
-        """
-        size = self.plan.layout.world_size
-        self.fleet.add_spares(size - self.fleet.spares_in_all, avoid=self._draining)
-        self.fleet.await_spares(
-            time.monotonic() + self.plan.config.run.start_timeout_s, given_up=lambda: False
-        )
-        return self.spares()
-
-    @property
-    def asked(self) -> list[int]:
-        """Ranks whose processes were asked to leave, each by itself."""
-        return [rank for rank, member in enumerate(self.fleet.members) if member.name in self._asked]
-
-    def leaving(self) -> Leaving | None:
-        """A node that will be taken away and has ranks, if Ray knows of one, or ranks that were asked to
-        leave; spares to which that happens are ended.
-        """
-        if self.plan.config.run.address != "local":  # an embedded session is no node that anybody drains
-            self._draining = draining_nodes()
-        self.spares()
-        for node, deadline_unix in self._draining.items():
-            ranks = [rank for rank, member in enumerate(self.fleet.members) if member.place.node == node]
-            if ranks:
-                return Leaving(node=node, ranks=tuple(ranks), deadline_unix=deadline_unix)
-        return Leaving(node="", ranks=tuple(asked), deadline_unix=None) if (asked := self.asked) else None
-
     def end(self, ranks: Iterable[int]) -> None:
         """End the processes of ranks that have left their epoch."""
         for rank in ranks:
@@ -377,18 +340,6 @@ class Crew:
             return None
         return seen
 
-    def spares(self) -> list[Spare]:
-        """Processes that could take a rank's place this instant."""
-        self._losses.drop_dead_spares(self.fleet)
-        for spare in list(self.fleet.spares()):
-            if spare.name in self._asked or spare.place.node in self._draining:
-                self._losses.drop(self.fleet, spare)
-        return [Spare(spare.id, short_name(spare.place.node)) for spare in self.fleet.spares()]
-
-    def spare_pids(self) -> dict[str, int]:
-        """Process id of each spare."""
-        return {spare.id: spare.place.pid for spare in self.fleet.spares()}
-
     def carry_out(self, remedy: Replace | Shrink, *, lost: Collection[int]) -> None:
         """Give the ranks of the next epoch their processes; those of `lost` ranks have been ended."""
         idle = {spare.id: spare for spare in self.fleet.spares()}
@@ -415,7 +366,7 @@ class Crew:
 
         A `Shrink` to more ranks: the present ones keep their numbers.
         """
-        if not self.missing or len(spares := self.spares()) < self.missing:
+        if not self.missing or len(spares := self.reserve.ready()) < self.missing:
             return None
         keep = tuple(range(self.plan.layout.world_size))
         return Shrink(layout=self._whole.layout, keep=keep, spares=tuple(spares[: self.missing]))
@@ -456,6 +407,11 @@ class Crew:
             self._fleet.end()
         self._vaults.close()
         self._losses.close()
+
+    def _lead(self, fleet: Fleet) -> None:
+        drained = self.plan.config.run.address != "local"
+        self._fleet = fleet
+        self._reserve = Reserve(fleet, self._losses, asked=self._asked, drained=drained)
 
     def _open_meeting(self) -> Meeting:
         return Meeting(self.epoch, timeout_s=self.plan.config.run.start_timeout_s)

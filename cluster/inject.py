@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..faulttol.campaign import OF_CHECKPOINTS, Injection, PlannedFault
+from ..faulttol.campaign import OF_CHECKPOINTS, OF_COPIES, Injection, PlannedFault
 from ..faulttol.header import FILLING
 from ..faulttol.outcome import PROMISES
 from ..runtime.journal import EVENTS, METRICS
@@ -42,6 +42,7 @@ LOOK_EVERY_S = 0.01  # a tenth of what deciding and fencing take: a kill must be
 INTO_STEP_S = 1.0  # the most that a kill waits for its place within a step
 END_S = 5.0  # for the thread: a look takes less than INTO_STEP_S and strikes.CATCH_S together
 
+REPLACED_STEPS = 2  # after so many there is a whole copy that is newer than one that was damaged
 NOT_DUE = "the run ended before it was due"
 STEPS_TO_KNOW = 7  # before them a run does not know how long its steps take (`faulttol.pace`)
 # Faults of a process of the run that is no rank: how it calls itself.
@@ -168,6 +169,7 @@ class Injector:
         self._events = Tail(run_dir / EVENTS, since_unix=since_unix)
         self._now = Situation()
         self._disturbed: tuple[float, int] | None = None  # when and at what step an epoch was ended last
+        self._damaged_step = -REPLACED_STEPS  # at which a copy was damaged last
         self._second: Second | None = None  # nothing else is injected before that
         self._run_dir = run_dir
         self._ended = threading.Event()
@@ -211,6 +213,9 @@ class Injector:
         elif self._disturbed is not None and not self._now.is_well(*self._disturbed):
             self.why[fault.index] = "the run ended before the fault before was made up for"
             return None
+        elif self._now.step < self._damaged_step + REPLACED_STEPS:
+            self.why[fault.index] = "the run ended before there was another copy than a damaged one"
+            return None
         elif len([pid for pid in self._now.spares if title_of(pid)]) < self._spares:
             self.why[fault.index] = f"the run ended before {self._spares} spares were ready"
             return None
@@ -221,6 +226,8 @@ class Injector:
             self._tell({"time_unix": done["time_unix"], **line, **done})
             if fault.kind in ("disk_full", "stale", "kill_controller"):
                 self._second = Second(fault.kind, done["pids"], done["time_unix"])
+            if fault.kind in OF_COPIES:
+                self._damaged_step = step
             if PROMISES[fault.kind].recovers:
                 self._disturbed = done["time_unix"], step
         return done
@@ -263,7 +270,7 @@ class Injector:
                 self.why[fault.index] = "no copy of its state was ever seen under way"
                 slots = files_of(session, rank, "slot-*")
                 return kill_when(pid, slots, lambda words: words.state == FILLING)
-            case "bit_flip" | "truncate" | "lose_slot":
+            case kind if kind in OF_COPIES:
                 self.why[fault.index] = "no whole copy of its state was there"
                 slots = files_of(session, rank, "slot-*")
                 if fault.kind == "lose_slot":

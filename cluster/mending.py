@@ -116,12 +116,12 @@ class Mending:
         remedy: Remedy = Stop(sentence=f"{what_happened(fault)}; snapshot.enabled = false")
         if crew.recovers:
             remedy = remedy_for(
-                fault, self.history, layout=plan.layout, spares=crew.spares(), legal=legal_of(plan)
+                fault, self.history, layout=plan.layout, spares=crew.reserve.ready(), legal=legal_of(plan)
             )
         ranks, sentence = list(leaving.ranks), remedy.sentence
         fields = {"node": leaving.node, "deadline_unix": leaving.deadline_unix, "sentence": sentence}
         self._record.event("preempted", ranks=ranks, **fields)
-        self._record.event("remedy", **remedy_fields(remedy, crew.spare_pids()))
+        self._record.event("remedy", **remedy_fields(remedy, crew.reserve.pids()))
         return remedy if isinstance(remedy, Stop) else Move(remedy, leaving.ranks)
 
     def move(self, move: Move) -> Verdict | None:
@@ -165,7 +165,10 @@ class Mending:
         remedy: Remedy | None = hopeless(verdict, fault, world_size=plan.layout.world_size)
         if remedy is None:
             nobody = len(fault.ranks) == plan.layout.world_size and fault.kind != "exception"
-            spares = crew.spares() or (crew.start_anew() if nobody else [])
+            spares = crew.reserve.ready()
+            if nobody and not spares:
+                timeout_s = plan.config.run.start_timeout_s
+                spares = crew.reserve.start_anew(plan.layout.world_size, timeout_s=timeout_s)
             remedy = remedy_for(
                 fault, self.history, layout=plan.layout, spares=spares, legal=legal_of(plan), round=number
             )
@@ -173,7 +176,7 @@ class Mending:
         if isinstance(remedy, Stop) and fault.kind != "exception":
             verdict = replace(verdict, sentence=f"{verdict.sentence}; {remedy.sentence}")
         self._record.event("verdict", **verdict.as_event())
-        self._record.event("remedy", **remedy_fields(remedy, crew.spare_pids()))
+        self._record.event("remedy", **remedy_fields(remedy, crew.reserve.pids()))
         return verdict, fault, remedy
 
     def _who_is_lost(self) -> list[Failure]:

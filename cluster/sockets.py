@@ -38,6 +38,17 @@ def break_connections_to(port: int) -> int:
     return _shut(found)
 
 
+def forget_groups() -> None:
+    """Leave all groups, and be as a process that has joined none: torch names groups by counting them, an
+    attempt that came to nothing too, and would look for those that begin anew under another name than theirs.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 0
+
+
 def gloo_sockets() -> dict[str, int]:
     """The connections of gloo's loops: the kernel's name of each (its inode) and the descriptor."""
     found: dict[str, int] = {}

@@ -39,7 +39,7 @@ from .outbox import EpochOver, Outbox
 from .saboteur import Saboteur
 from .sight import sight
 from .signals import hear
-from .sockets import break_connections_to, break_gloo
+from .sockets import break_connections_to, break_gloo, forget_groups
 
 if TYPE_CHECKING:
     from ..runtime.place import Warm
@@ -118,8 +118,7 @@ class Worker:
             if run["address"] == "local" and sys.platform == "linux":
                 # one machine: no need to be reachable from outside
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            forget_groups()
             self._port = seat.store[1]
             self._store = dist.TCPStore(
                 *seat.store, is_master=False, timeout=timedelta(seconds=run["start_timeout_s"])

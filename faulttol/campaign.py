@@ -56,6 +56,7 @@ Injection: TypeAlias = Literal[
 ]
 INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 OF_CHECKPOINTS: frozenset[Injection] = frozenset({"flip_checkpoint", "truncate_checkpoint", "disk_full"})
+OF_COPIES: frozenset[Injection] = frozenset({"bit_flip", "truncate", "lose_slot"})
 WITHOUT_RANK: frozenset[Injection] = frozenset(
     {"kill_all", "kill_spare", "kill_controller", "kill_driver", *OF_CHECKPOINTS}
 )

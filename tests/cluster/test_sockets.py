@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from rayfold.cluster.sockets import break_connections_to, break_gloo, gloo_sockets
+from rayfold.cluster.sockets import break_connections_to, break_gloo, forget_groups, gloo_sockets
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fdinfo"), reason="needs Linux")
 WORLD, STUCK = 4, 2
@@ -106,3 +106,29 @@ def test_a_rank_that_waits_on_the_store_is_let_go() -> None:
     assert break_connections_to(server.port) >= 1
     thread.join(10.0)
     assert told["raised"] - begun < WITHIN_S
+
+
+def test_a_rank_whose_attempt_to_join_was_broken_off_joins_one_that_has_made_none() -> None:
+    """A rank dies while all form: the others try again, with a new process that has never tried."""
+    timeout = timedelta(seconds=20)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+
+    def on_rank() -> float:
+        rank = dist.get_rank()
+        forget_groups()
+        if rank == 0:
+            alone = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
+            threading.Timer(0.5, break_connections_to, (server.port,)).start()
+            with pytest.raises(RuntimeError):
+                dist.init_process_group(
+                    "gloo", store=dist.PrefixStore("epoch-1", alone), rank=0, world_size=2
+                )
+            forget_groups()
+        store = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
+        scoped = dist.PrefixStore("epoch-2", store)
+        dist.init_process_group("gloo", store=scoped, rank=rank, world_size=2)
+        total = torch.ones(1)
+        dist.all_reduce(total, group=dist.new_group([0, 1]))
+        return total.item()
+
+    assert run_ranks(2, on_rank, timeout_s=60) == [2.0, 2.0]
