@@ -153,6 +153,9 @@ def test_a_process_is_killed_at_its_moment_and_goes_on_without_one(
     assert victim.wait(10) == -9
 
 
+FORMED: dict[str, object] = {"kind": "formed", "spare_pids": []}
+
+
 def test_a_fault_is_due_at_its_step_or_its_time_after_the_first_step() -> None:
     """Starting takes as long as it takes, and no fault of a campaign is about that."""
     by_step = PlannedFault(index=0, kind="kill", rank=0, at_step=7)
@@ -188,22 +191,32 @@ def test_nothing_is_injected_until_a_killed_controller_has_a_successor() -> None
     assert second.do(now) == {"message": "another one has taken over", "pids": [7]}
 
 
+def test_spares_are_those_that_were_told_last() -> None:
+    """When the ranks formed, or later."""
+    now = Situation()
+    now.learn([], [{**FORMED, "spare_pids": [7, 8], "time_unix": 1.0}])
+    assert now.spares == [7, 8]
+    now.learn([], [{"kind": "spares", "pids": [8, 9], "time_unix": 2.0}])
+    assert now.spares == [8, 9]
+    now.learn([], [{**FORMED, "time_unix": 3.0}])
+    assert now.spares == []
+
+
 def test_ranks_that_leave_are_a_recovery_too() -> None:
     """A kill may fall into it as into any other."""
     now = Situation()
-    now.learn([], [{"kind": "formed", "time_unix": 1.0}, {"kind": "preempted", "time_unix": 2.0}])
+    now.learn([], [{**FORMED, "time_unix": 1.0}, {"kind": "preempted", "time_unix": 2.0}])
     assert now.recovering
 
 
 def test_a_fault_is_made_up_for_when_ranks_have_formed_and_a_new_step_is_done() -> None:
     """Until then the next one would be a second fault of the same recovery, which is another promise."""
     now = Situation()
-    formed = {"kind": "formed", "time_unix": 1.0}
-    now.learn([{"step": 7, "time_unix": 10.0, "step_time_s": 0.1}], [formed])
+    now.learn([{"step": 7, "time_unix": 10.0, "step_time_s": 0.1}], [{**FORMED, "time_unix": 1.0}])
     assert not now.recovering
     now.learn([], [{"kind": "verdict", "time_unix": 11.1}])
     assert now.recovering
-    now.learn([{"step": 7, "time_unix": 11.3, "step_time_s": 0.1}], [{**formed, "time_unix": 11.2}])
+    now.learn([{"step": 7, "time_unix": 11.3, "step_time_s": 0.1}], [{**FORMED, "time_unix": 11.2}])
     assert not now.recovering
     assert not now.is_well(11.0, 7), "step 7 was trained again"
     now.learn([{"step": 8, "time_unix": 11.4, "step_time_s": 0.1}], [])
