@@ -89,7 +89,7 @@ class Situation:
     verdict: dict[str, Any] = field(default_factory=dict)
     not_written_unix: float = 0.0  # when the last checkpoint came to nothing
     controller_unix: float = 0.0  # when the last controller began that took over from a lost one
-    known: int = 0  # steps that the present controller has seen
+    known: int = 0  # steps that the run has seen
 
     def learn(self, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
         """Take in new lines of the record."""
@@ -106,7 +106,7 @@ class Situation:
             if event["kind"] in ("verdict", "preempted"):
                 self.verdict = event
             if event["kind"] == "fault" and event["class"] == "controller":
-                self.controller_unix, self.known = event["time_unix"], 0
+                self.controller_unix = event["time_unix"]
             if event["kind"] == "fault" and event["class"] in ("disk", "checkpoint_not_written"):
                 self.not_written_unix = event["time_unix"]
 

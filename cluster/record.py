@@ -208,6 +208,7 @@ class Record:
                 "fault_step": self._fault_step,
                 "restored": self._restored,
                 "phases": None if self._phases is None else asdict(self._phases),
+                "pace": self.pace.as_values(),
             }
         )
 
@@ -216,6 +217,7 @@ class Record:
         self._forgotten = left["told"]
         self._journal.attempt = left["attempt"]
         self._accepted, self._taken = left["accepted"], dict(left["taken"])
+        self.pace.go_on(left["pace"])
         self.pace.begin(time.monotonic(), time.time())
         self.step, self.step_s = left["step"], left["step_s"]
         self._fault_step, self._restored = left["fault_step"], left["restored"]

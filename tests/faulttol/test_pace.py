@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfold.faulttol.pace import FIRST_STEP_S, LEAST_PATIENCE_S, LEAST_STEPS, Pace
+from rayfold.faulttol.pace import FIRST_STEP_S, LEAST_PATIENCE_S, LEAST_STEPS, TOLD_STEPS, Pace
 
 
 def learned(steps: Sequence[float]) -> Pace:
@@ -55,3 +55,20 @@ def test_no_step_that_the_run_has_had_of_late_is_out_of_its_patience(steps: list
     assert patience_s is not None
     allowed = sorted(steps)[: max(1, int(0.99 * len(steps)))]
     assert patience_s >= 5 * allowed[-1]
+
+
+def test_who_takes_over_knows_the_pace_and_gives_its_first_step_the_time_of_a_first_one() -> None:
+    """A controller that is started again must not take minutes to see that a rank hangs."""
+    pace, other = Pace(), Pace()
+    pace.begin(0.0, 0.0)
+    for number in range(1, 2 * TOLD_STEPS):
+        pace.ended(9.0 if number == 1 else 0.5 if number < TOLD_STEPS else 1.0, float(number), float(number))
+    assert pace.patience_s == 5.0
+    values = pace.as_values()
+    assert len(values["steps"]) == TOLD_STEPS
+    assert other.patience_s is None
+    other.go_on(values)
+    other.begin(100.0, 100.0)
+    assert other.patience_s == 18.0
+    other.ended(1.0, 101.0, 101.0)
+    assert other.patience_s == 5.0
