@@ -60,7 +60,7 @@ def take_in_all(run_dir: Path, heard: Any) -> None:
 def test_whenever_the_writer_is_killed_every_line_is_there_once_and_in_order(tmp_path: Path) -> None:
     """`kill -9` between a line and the word that it is written, many times over."""
     begin(tmp_path)
-    heard, draw = FORK.Value("q", 0), random.Random(5)
+    heard, draw = FORK.Value("q", 0, lock=False), random.Random(5)
     for _ in range(KILLS):
         writer = FORK.Process(target=take_in_all, args=(tmp_path, heard))
         writer.start()
