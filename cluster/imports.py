@@ -5,15 +5,18 @@ Imports make half a million objects that stay. The collector of cycles would wal
 times meanwhile, a quarter of the whole time, and again whenever a rank that trains has made many new ones.
 """
 
-import contextlib
 import gc
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+
+GIVE_WAY = 4  # of niceness: less than a third of what a rank on the same core has that never pauses
 
 
 def import_trainer(*, in_background: bool) -> None:
-    """Import torch and all that trains. `in_background` takes only what others leave of the processors: ranks
-    run at Ray's niceness of 15, of whose share this priority still gets a twelfth where nobody pauses.
+    """Import torch and all that trains. `in_background` gives way to ranks, but not for ever: where none
+    pauses it takes six seconds instead of two. The lowest priority of all may take minutes there, and nobody
+    in the process could raise it, as the thread that waits for a processor holds the interpreter.
     """
     if not in_background:
         _import()
@@ -27,9 +30,8 @@ def import_trainer(*, in_background: bool) -> None:
 
 
 def _give_way() -> None:
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):  # a container that forbids it; then it is as fast as the others
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if sys.platform == "linux":  # elsewhere a priority is not a thread's, but the whole process's
+        os.nice(GIVE_WAY)
 
 
 def _import() -> None:
