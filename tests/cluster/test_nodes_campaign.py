@@ -36,7 +36,6 @@ LAYOUTS = {
     "pipeline": ("parallel.pp=3",),
 }
 FIXED = (*SHAPE, *TIMES, "checkpoint.every=0", "run.workers=3")
-SAMPLE = ("pipeline", 0)
 PROCESSES = ("vault killed", "vault stopped", "vault and rank killed", "rank killed", "rank stopped")
 NODES = ("node", "raylet", "node in a round", "node and a rank in the recovery")
 
@@ -138,15 +137,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("layout", "seed"),
-    [
-        pytest.param(layout, seed, marks=[] if (layout, seed) == SAMPLE else pytest.mark.campaign)
-        for layout in LAYOUTS
-        for seed in range(20)
-    ],
-)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_bears_one_loss_after_the_other(
     cluster: Cluster,
     bench: Bench,
