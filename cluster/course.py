@@ -20,7 +20,7 @@ from .crew import GONE, Crew
 from .fleet import FleetError, Interrupted, StartGivenUp
 from .ledger import Ledger
 from .mending import Mending, Move
-from .notice import Asked
+from .notice import Asked, Unmanaged
 from .record import Record
 from .states import BEFORE_THE_RANKS, ENDS, TRANSITIONS, WITH_AN_EPOCH, State
 from .stuck import Lookout
@@ -78,7 +78,7 @@ class Course:
         """Stop cleanly: after the step the ranks are in, with a checkpoint."""
         self._stop.set()
 
-    def tell(self, notice: Notice | Asked) -> None:
+    def tell(self, notice: Notice | Asked | Unmanaged) -> None:
         """Take in what a vault has seen of a process, or that one was asked to leave; called by another
         thread.
         """

@@ -24,7 +24,7 @@ from .fleet import Fleet, form, start_fleet
 from .home import Home
 from .losses import Losses, short_name
 from .meeting import Meeting
-from .notice import Asked
+from .notice import Asked, Unmanaged
 from .protect import Protector
 from .record import Record
 from .recovery import with_layout
@@ -244,12 +244,15 @@ class Crew:
         """Whether something was noticed of a rank that nobody has asked about yet."""
         return self._losses.noticed_any(self.fleet)
 
-    def tell(self, notice: Notice | Asked) -> None:
+    def tell(self, notice: Notice | Asked | Unmanaged) -> None:
         """Take in what a vault has seen, or that a worker was asked to leave; called by another thread."""
-        if isinstance(notice, Asked):
-            self._asked.add(notice.worker)
-        else:
-            self._losses.tell(notice)
+        match notice:
+            case Asked():
+                self._asked.add(notice.worker)
+            case Unmanaged():
+                self._losses.tell_unmanaged(notice.node, notice.what)
+            case Notice():
+                self._losses.tell(notice)
 
     def answers(self, rank: int) -> bool:
         """Whether a rank's process answers."""

@@ -19,6 +19,10 @@ from .watch import Notice
 LOOK_EVERY_S = 0.05  # at a node while it is not clear whether it is lost
 UNKNOWN = "its process ended without a Python error: killed from outside, or crashed in native code"
 LOST = "its machine does not answer"
+UNMANAGED = {
+    "stopped": "Ray's own process on its machine was halted by a signal, so nothing can be started there",
+    "died": "Ray's own process on its machine has died, and takes the others there along",
+}
 STOPPED = "its process was halted by a signal, as SIGSTOP does, and answers nobody"
 
 
@@ -31,9 +35,11 @@ class Losses:
         self.emptied: set[str] = set()  # lost nodes whose ranks' state has not been made again
         self._vaults = vaults
         self._recovers = recovers
+        self._own_node = own_node  # that of the controller, which cannot be lost without it
         self._deaths = Deaths(own_node)
         self._ranks: list[Failure] = []  # found while something else was asked
         self._notices: list[Notice] = []
+        self._unmanaged: dict[str, str] = {}  # node -> what befell Ray's own process there
         self._lock = threading.Lock()
         self._news = threading.Event()
         self._dead_spares: list[int] = []  # process ids of those that nobody was told of yet
@@ -54,6 +60,12 @@ class Losses:
         """Take in what a vault has seen; called by another thread."""
         with self._lock:
             self._notices.append(notice)
+        self._news.set()
+
+    def tell_unmanaged(self, node: str, what: str) -> None:
+        """Take in that Ray's own process on a node was stopped or has died; called by another thread."""
+        with self._lock:
+            self._unmanaged[node] = what
         self._news.set()
 
     def listen(self, calls: Iterable[Any]) -> None:
@@ -84,7 +96,7 @@ class Losses:
             failures.append(Failure(ranks[notice.pid], step, notice.what, how, notice.last_well_unix))
         for node in self._silent(fleet) if self._recovers else []:
             failures += self.lose(fleet, node, step)
-        return failures
+        return failures + self._given_up(fleet, step)
 
     def dead_spares(self, fleet: Fleet) -> list[int]:
         """Process ids of the spares that have died since the last call."""
@@ -102,7 +114,7 @@ class Losses:
             self._dead_spares.append(spare.place.pid)
             self.drop(fleet, spare)
 
-    def lose(self, fleet: Fleet, node: str, step: int) -> list[Failure]:
+    def lose(self, fleet: Fleet, node: str, step: int, how: str = LOST) -> list[Failure]:
         """A node is gone, with all that was there; its ranks as failures."""
         self.nodes.add(short_name(node))
         self._vaults.lose(node)
@@ -111,7 +123,7 @@ class Losses:
         ranks = [rank for rank, member in enumerate(fleet.members) if member.place.node == node]
         if ranks:
             self.emptied.add(node)
-        return [Failure(rank, step, "died", LOST, time.time()) for rank in ranks]
+        return [Failure(rank, step, "died", how, time.time()) for rank in ranks]
 
     def death(self, fleet: Fleet, rank: int, step: int, error: RayActorError | RayTaskError) -> Failure:
         """What `error`, which Ray has for an answer of a rank, says of its end."""
@@ -130,6 +142,17 @@ class Losses:
     def close(self) -> None:
         """Follow nobody any more."""
         self._deaths.close()
+
+    def _given_up(self, fleet: Fleet, step: int) -> list[Failure]:
+        """Nodes without Ray's own process, as lost ones; what there is left of the run is ended."""
+        with self._lock:
+            unmanaged, self._unmanaged = self._unmanaged, {}
+        failures = []
+        for node, what in unmanaged.items():
+            if node != self._own_node and short_name(node) not in self.nodes:
+                self._vaults.abandon(node)
+                failures += self.lose(fleet, node, step, UNMANAGED[what])
+        return failures
 
     def _silent(self, fleet: Fleet) -> list[str]:
         there: dict[str, list[Any]] = {}

@@ -30,6 +30,16 @@ class Asked:
     worker: str  # the name of its actor
 
 
+@dataclass(frozen=True)
+class Unmanaged:
+    """A node on which Ray's own process, the raylet, was stopped or has died: nothing new can be started
+    there, and nothing large be sent from there, though its ranks may live.
+    """
+
+    node: str
+    what: str  # "died" or "stopped"
+
+
 def draining_nodes() -> dict[str, float | None]:
     """Ids of the nodes that are being drained, and when they will be gone (unix time)."""
     told: dict[str, int] = ray._private.state.state.get_draining_nodes()  # milliseconds; 0: nobody said

@@ -28,6 +28,7 @@ from .keeper import GROUPS, Keeper
 from .lifeline import Lifeline
 from .machine import machine_bytes
 from .memory import Memory, lock_of
+from .notice import Unmanaged
 from .pulse import Pulse
 from .reaper import has_reaper, memory_folder
 from .watch import Notice, Watch, seen_of
@@ -62,6 +63,9 @@ class VaultActor(Keeper):
         self._myself = ray.get_runtime_context().current_actor
         self._pids: set[int] = set()
         self._watch = Watch(self._tell)
+        self._raylet = _raylet()
+        if self._raylet:
+            self._watch.follow(self._raylet)
         self._lifeline = Lifeline(controller, self._end_alone)
 
     @ray.method(concurrency_group="serve")
@@ -106,8 +110,19 @@ class VaultActor(Keeper):
         with contextlib.suppress(OSError):  # other nodes of a run may be on the same machine
             self._folder.parent.rmdir()
 
+    def abandon(self) -> None:
+        """End the processes that are watched, remove the node's files, and end."""
+        for pid in list(self._pids):
+            self._watch.end(pid)
+        self.close()
+        threading.Timer(CLOSE_S, os._exit, (1,)).start()
+
     def _tell(self, notice: Notice) -> None:
-        self._controller.notice.remote(notice)
+        if notice.pid == self._raylet:
+            node = ray.get_runtime_context().get_node_id()
+            self._controller.notice.remote(Unmanaged(node, notice.what))
+        else:
+            self._controller.notice.remote(notice)
 
     def _end_alone(self, over: bool) -> None:
         for pid in list(self._pids):
@@ -215,6 +230,11 @@ class Vaults:
         """Whether somebody on the node has answered after that time, or the node is not asked."""
         return node not in self._actors or node == self._own_node or self._pulse.heard_since(node, since)
 
+    def abandon(self, node: str) -> None:
+        """Have all that the run has on a node ended while somebody there listens; then it is to be lost."""
+        if node in self._actors:
+            ray.wait([self._actors[node].abandon.remote()], timeout=CLOSE_S)
+
     def lose(self, node: str) -> None:
         """Forget a node that is gone; should it only have been cut off, its vault ends when it is back."""
         actor = self._actors.pop(node, None)
@@ -252,6 +272,15 @@ class Vaults:
             self._config.memory_share,
             self.former,
         )
+
+
+def _raylet() -> int:
+    """The process of Ray's that manages this node, which has started this one; 0 where another has."""
+    try:
+        parent = os.getppid()
+        return parent if Path(os.readlink(f"/proc/{parent}/exe")).name == "raylet" else 0
+    except OSError:
+        return 0
 
 
 def states_of(runs: Sequence[str]) -> list[Path]:

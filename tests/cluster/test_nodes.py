@@ -161,7 +161,7 @@ def check_lost_node(run_dir: Path, ranks: list[int], source: str, *, number: int
     """One fault, of a node; all went back to a step that had been protected, and no further."""
     verdict, remedy = events(run_dir, "verdict")[number], events(run_dir, "remedy")[number]
     assert (verdict["class"], verdict["ranks"]) == ("died", ranks)
-    assert "does not answer" in verdict["sentence"]
+    assert "its machine" in verdict["sentence"]
     assert remedy["action"] == "replace"
     assert "went down" in remedy["sentence"]
     restored = events(run_dir, "restored")[number]

@@ -112,7 +112,7 @@ class Losses:
                 wait_until(lambda: len(events(self._dir, "verdict")) > verdicts, RECOVERS_S, "a verdict")
                 send(other, signal.SIGKILL)
         told = events(self._dir, "verdict")[verdicts:]
-        assert any("does not answer" in verdict["sentence"] for verdict in told)
+        assert any("its machine" in verdict["sentence"] for verdict in told)
         wait_until(lambda: not self._cluster.processes(number), RECOVERS_S, "the end of the node's processes")
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Where redundancy between nodes ends; nodes that Ray gives up, and nodes that fail again and again."""
+"""Where redundancy between nodes ends; nodes that cannot be used, and nodes that fail again and again."""
 
 import signal
 from collections.abc import Iterator
@@ -16,11 +16,12 @@ from nodes import (
     join,
     protected_since,
     run_alone,
+    safe_step,
     send,
 )
 
 RECOVERS_S = 100.0  # 2 s on idle cores
-DECLARED_S = 120.0  # Ray takes a minute to give up a node that is only silent
+DETECTED_WITHIN_S = 20.0  # half a second on idle cores; Ray takes a minute
 STEPS = 200
 FIXED = (*SHAPE, *TIMES, "run.workers=3")
 PIPELINE, SHARDED, TENSOR = ("parallel.pp=3",), ("parallel.dp_shard=3",), ("parallel.tp=3",)
@@ -107,27 +108,44 @@ def test_a_node_that_has_three_faults_gets_no_more_ranks(
 @pytest.mark.campaign
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", [SHARDED, PIPELINE], ids=["sharded", "pipeline"])
-def test_a_node_that_ray_gives_up_is_lost_though_its_ranks_live(
-    cluster: Cluster, bench: Bench, small: Path, run_dir: Path, layout: tuple[str, ...]
+def test_a_node_whose_raylet_is_stopped_is_left_at_once_though_its_ranks_live(
+    cluster: Cluster,
+    bench: Bench,
+    small: Path,
+    run_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    layout: tuple[str, ...],
 ) -> None:
-    """Its raylet is stopped: nothing is wrong with the ranks until Ray counts the node as dead. Those that
-    are left there are not of the run any more and end.
+    """Ray takes a minute to see it, and meanwhile nothing that is large comes from there. Those that are left
+    there are ended, as they are not of the run any more.
     """
     cluster.complete(3)
-    options = (*layout, *FIXED, "run.steps=5000", "checkpoint.every=0", "snapshot.spares=3")
-    command = bench.start("train", small, f"run.dir={run_dir}", join(bench, cluster), *options)
+    options = (*layout, *FIXED, "checkpoint.every=0")
+    endless = ("run.steps=1000000", "snapshot.spares=3")
+    command = bench.start("train", small, f"run.dir={run_dir}", join(bench, cluster), *options, *endless)
     first_protected(run_dir)
-    raylet, orphans = cluster.raylet(1), cluster.processes(1)
+    wait_until(lambda: cluster.spares(run_dir)[0], RECOVERS_S, "a spare on the head")
+    raylet, orphans, safe = cluster.raylet(1), set(cluster.processes(1)), safe_step(run_dir)
     assert raylet is not None
     send(raylet, signal.SIGSTOP)
-    wait_until(lambda: events(run_dir, "restored"), DECLARED_S, "a recovery")
-    (restored,) = events(run_dir, "restored")
-    assert restored["source"] == "parity"
-    assert 1 not in cluster.nodes_of(run_dir)
-    protected_since(run_dir, restored["from_step"])
-    command.process.send_signal(signal.SIGINT)
-    assert command.wait(ENDS_S).status == 0
-    left = lambda: [pid for pid in orphans if pid in cluster.workers()]  # noqa: E731
-    wait_until(lambda: not left(), RECOVERS_S, "the end of all that was left of the run there")
-    send(raylet, signal.SIGCONT)  # it finds that it is dead, and ends
+    try:
+        wait_until(lambda: events(run_dir, "restored"), RECOVERS_S, "a recovery")
+        (restored,) = events(run_dir, "restored")
+        (verdict,) = events(run_dir, "verdict")
+        assert "Ray's own process on its machine was halted" in verdict["sentence"]
+        assert restored["source"] == "parity"
+        assert restored["from_step"] >= safe
+        assert restored["detect_s"] < DETECTED_WITHIN_S
+        assert 1 not in cluster.nodes_of(run_dir)
+        left = lambda: orphans & set(cluster.workers())  # noqa: E731
+        wait_until(lambda: not left(), RECOVERS_S, "the end of all that was left of the run there")
+        protected_since(run_dir, restored["from_step"])
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(ENDS_S).status == 0
+    finally:
+        send(raylet, signal.SIGCONT)
+        send(raylet, signal.SIGKILL)
+    steps = lines(run_dir / "metrics.jsonl")[-1]["step"]
+    alone = run_alone(tmp_path_factory.mktemp("undisturbed"), small, *options, f"run.steps={steps}")
+    check_as_if_nothing_had_happened(run_dir, alone)
     wait_until(lambda: not cluster.processes(1), RECOVERS_S, "the end of the node")
