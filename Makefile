@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/snapshot.py
 	$(BIN)/python benchmarks/recovery.py --pairs 1
 	$(BIN)/python benchmarks/checkpoints.py --pairs 1
+	$(BIN)/python benchmarks/protection.py --pairs 1
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
