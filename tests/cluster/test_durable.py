@@ -28,9 +28,8 @@ def limit(pid: int, nbytes: int) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(1, 20))]
-)
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(20))
 def test_no_due_step_is_missed_whoever_of_the_writers_is_killed(
     bench: Bench, paced: Path, run_dir: Path, seed: int
 ) -> None:

@@ -84,6 +84,7 @@ def test_ctrl_c_before_training_stops_without_a_step(
 
 
 @pytest.mark.ray
+@pytest.mark.campaign
 @pytest.mark.timeout(600)  # two runs, on a machine that may be busy
 def test_sigterm_is_as_good_as_ctrl_c_and_a_step_that_never_ends_does_not_keep_the_command(
     bench: Bench, paced: Path, run_dir: Path

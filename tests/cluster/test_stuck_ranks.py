@@ -36,13 +36,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
     return run_of
 
 
+@CAMPAIGN
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("trouble", "said"),
-    [
-        ("sleep_once", " has been in paced.py:"),
-        pytest.param("lock_once", " has answered nothing for ", marks=CAMPAIGN),
-    ],
+    [("sleep_once", " has been in paced.py:"), ("lock_once", " has answered nothing for ")],
 )
 def test_a_stuck_rank_is_named_with_its_place_and_replaced(
     bench: Bench,
