@@ -86,6 +86,8 @@ class VaultActor(Keeper):
         for pid in pids:
             self._pids.add(pid)
             self._watch.follow(pid)
+        if self._raylet:  # anew: what befell it may have been told to a controller that was lost just then
+            self._watch.follow(self._raylet)
 
     def following(self) -> set[int]:
         """The processes that are watched; empty in a vault that Ray has started again."""

@@ -20,6 +20,7 @@ NODE_MARK = "RAYFOLD_TEST_NODE"
 START_S = 60.0
 PROTECTED_S = 100.0  # a round takes tenths of a second on idle cores
 STARTS_S = 400.0  # ten seconds on idle cores, for each four processes
+RECOVERS_S = 100.0  # 2 s on idle cores
 ENDS_S = 400.0  # a run takes some seconds on two idle cores, and all its processes give way to others
 SHAPE = (
     "model.dim=48",

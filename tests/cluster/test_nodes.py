@@ -14,6 +14,7 @@ import pytest
 from commands import Bench, Command, events, reached, wait_until
 from nodes import (
     ENDS_S,
+    RECOVERS_S,
     TIMES,
     Cluster,
     check_as_if_nothing_had_happened,
@@ -26,7 +27,6 @@ from nodes import (
 
 STEPS = 60
 LONG = "run.steps=80"  # for two losses
-RECOVERS_S = 100.0  # on a machine that is busy
 RESUMED_WITHIN_S = 30.0  # 2 s on two idle cores: 1.5 of them until a silent node counts as lost
 
 

@@ -15,6 +15,7 @@ import pytest
 from commands import Bench, events, lines, wait_until
 from nodes import (
     ENDS_S,
+    RECOVERS_S,
     SHAPE,
     TIMES,
     Cluster,
@@ -28,7 +29,6 @@ from nodes import (
     send,
 )
 
-RECOVERS_S = 100.0  # 2 s on idle cores
 LAYOUTS = {
     "sharded": ("parallel.dp_shard=3",),
     "replicated": ("parallel.dp_replicate=3",),
