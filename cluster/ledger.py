@@ -6,9 +6,10 @@ one has left in the folder is read by a name of its own: it tells where that run
 """
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from ..runtime.journal import write_atomically
 
@@ -27,7 +28,7 @@ class Ledger:
     def write(self, values: dict[str, Any]) -> None:
         """Replace what the file holds. Raises OSError when it cannot be written."""
         text = json.dumps(values)
-        whole = {"owner": self._owner, "crc32": zlib.crc32(text.encode()), "values": values}
+        whole = {"owner": self._owner, "crc32": isal_zlib.crc32(text.encode()), "values": values}
         write_atomically(self._path, json.dumps(whole) + "\n")
 
     def read(self) -> dict[str, Any] | None:
@@ -50,7 +51,7 @@ class Ledger:
             raise LedgerDamaged(f"{self._path}: is not what a controller wrote ({error})") from None
         if (owner != self._owner) != of_another:
             return None
-        if zlib.crc32(json.dumps(values).encode()) != crc32:
+        if isal_zlib.crc32(json.dumps(values).encode()) != crc32:
             raise LedgerDamaged(f"{self._path}: its checksum does not fit what it holds")
         found: dict[str, Any] = values
         return found

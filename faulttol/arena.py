@@ -11,15 +11,16 @@ later is a SIGBUS.
 """
 
 import mmap
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from isal import isal_zlib
 
 from .files import make_file, map_file
+from .filling import fill
 from .header import HEADER_BYTES, INDEX_START, LIVE, ArenaError, DamagedImage, Header, Record, TornImage
 from .image import Image, PartIndex, decode_index, encode_index
 
@@ -186,7 +187,7 @@ class Arena:
         `end_update`. Raises ArenaError when adopted content was described otherwise.
         """
         index = encode_index(parts, self._allocations)
-        numbers = {"used": self._end, "index_length": len(index), "index_crc": zlib.crc32(index)}
+        numbers = {"used": self._end, "index_length": len(index), "index_crc": isal_zlib.crc32(index)}
         if self._kept is None:
             self._header.tear()
             self._map[INDEX_START : INDEX_START + len(index)] = index
@@ -224,7 +225,7 @@ class Arena:
                 f"bytes, this arena {old.fingerprint!r} and {self._end}. Read it part by part instead."
             )
         self.begin_update()
-        image.read_into(0, self.data)
+        fill(image, [(0, self.data)])
         self.end_update(image.step, image.progress)
 
     def _publish(self, step: int, epoch: int, progress: dict[str, Any]) -> None:

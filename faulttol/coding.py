@@ -6,11 +6,12 @@ what is made again against the same, and files besides by their own.
 """
 
 import os
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+
+from isal import isal_zlib
 
 from .erasure import ErasureError, encode, solve
 from .galois import Bytes
@@ -50,7 +51,7 @@ def parity_pieces(parity: Parity, fetch: Fetch) -> Iterator[Bytes]:
         for number, piece in enumerate(fetch(wants)):
             if isinstance(piece, ImageError):
                 raise piece
-            crcs[number] = zlib.crc32(piece, crcs[number])
+            crcs[number] = isal_zlib.crc32(piece, crcs[number])
             data.append(piece)
         yield encode(data, 1)[0] if parity.number == 0 else encode(data, 2)[1]
     wrong = sorted({block.node for block, crc in zip(blocks, crcs, strict=True) if block.crc != crc})
@@ -128,12 +129,12 @@ def _try_block(recipe: BlockRecipe, fetch: Fetch, writer: "_Writer", left_out: C
         good = [piece for piece in pieces if isinstance(piece, bytes)]  # all of them
         data = dict(zip([*present, *(len(lengths) + p.parity.number for p in parities)], good, strict=True))
         for i in present:
-            crcs[i] = zlib.crc32(data[i], crcs[i])
+            crcs[i] = isal_zlib.crc32(data[i], crcs[i])
         try:
             made = solve(data, sizes, parities=recipe.parities[0].parity.parities)[recipe.wanted]
         except ErasureError as error:
             raise NotProtected(str(error)) from error
-        made_crc = zlib.crc32(made.data, made_crc)
+        made_crc = isal_zlib.crc32(made.data, made_crc)
         writer.write(recipe.block.start + at, made)
     if made_crc == recipe.block.crc:
         return set()

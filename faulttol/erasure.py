@@ -9,12 +9,12 @@ Nothing is copied but into the result. Blocks may have unequal lengths: a shorte
 zeros.
 """
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from isal import isal_zlib
 
 from .galois import PIECE, Bytes, double, inverse, multiply, power, untangle
 
@@ -77,7 +77,9 @@ class Manifest:
 def manifest_of(data: Sequence[Block], parity: Sequence[Block]) -> Manifest:
     """Describe the blocks of one stripe."""
     blocks = [_bytes_of(block) for block in (*data, *parity)]
-    return Manifest(tuple(len(b) for b in blocks[: len(data)]), tuple(zlib.crc32(b.data) for b in blocks))
+    return Manifest(
+        tuple(len(b) for b in blocks[: len(data)]), tuple(isal_zlib.crc32(b.data) for b in blocks)
+    )
 
 
 def encode(data: Sequence[Block], parities: Parities, *, out: Sequence[Block] | None = None) -> list[Bytes]:
@@ -260,7 +262,7 @@ def _check_known(blocks: Mapping[int, Bytes], manifest: Manifest) -> None:
 
 
 def _intact(block: Bytes, manifest: Manifest, number: int) -> bool:
-    return zlib.crc32(block.data) == manifest.checksums[number]
+    return isal_zlib.crc32(block.data) == manifest.checksums[number]
 
 
 def _names(numbers: Iterable[int], manifest: Manifest) -> str:

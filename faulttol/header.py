@@ -31,9 +31,10 @@ everywhere torch runs.
 import json
 import mmap
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Any
+
+from isal import isal_zlib
 
 MAGIC = b"RAYFOLD\x00"
 FORMAT = 2
@@ -112,7 +113,7 @@ class Record:
         numbers = (self.index_length, self.index_crc, self.table_crc)
         body = _RECORD.pack(version, self.step, self.epoch, self.used, *numbers, fingerprint, len(progress))
         body += progress
-        return _CRC.pack(zlib.crc32(body)) + body
+        return _CRC.pack(isal_zlib.crc32(body)) + body
 
     @staticmethod
     def decode(area: bytes, version: int, path: str) -> "Record":
@@ -122,7 +123,7 @@ class Record:
             raise DamagedImage(f"{where} is cut off after {len(area)} of {RECORD_BYTES} bytes")
         found, step, epoch, used, length, index_crc, table_crc, name, size = _RECORD.unpack_from(area, 4)
         end = _CRC.size + _RECORD.size + size
-        if end > RECORD_BYTES or zlib.crc32(area[4:end]) != _CRC.unpack_from(area)[0]:
+        if end > RECORD_BYTES or isal_zlib.crc32(area[4:end]) != _CRC.unpack_from(area)[0]:
             raise DamagedImage(f"{where} does not match its crc")
         if found != version:
             raise DamagedImage(f"{where} is of version {found}")
@@ -169,7 +170,7 @@ def encode_static(kind: str, run: str) -> bytes:
         raise ArenaError(f"run key {run!r} is {len(key)} bytes; a header has room for 202. Shorten it.")
     number = next(number for number, name in KINDS.items() if name == kind)
     body = _STATIC.pack(MAGIC, FORMAT, number, len(key), key)
-    return body + _CRC.pack(zlib.crc32(body))
+    return body + _CRC.pack(isal_zlib.crc32(body))
 
 
 def decode_static(page: bytes, path: str) -> tuple[str, str]:
@@ -178,7 +179,7 @@ def decode_static(page: bytes, path: str) -> tuple[str, str]:
         raise DamagedImage(f"{path}: does not start like an arena or a slot")
     body = page[: _STATIC.size]
     _, version, number, length, key = _STATIC.unpack(body)
-    if zlib.crc32(body) != _CRC.unpack_from(page, _STATIC.size)[0]:
+    if isal_zlib.crc32(body) != _CRC.unpack_from(page, _STATIC.size)[0]:
         raise DamagedImage(f"{path}: the first page does not match its crc")
     if version != FORMAT or number not in KINDS:
         raise DamagedImage(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from isal import isal_zlib
 
 from .header import (
     CHUNK_BYTES,
@@ -370,10 +371,10 @@ def _whole_step(
             f"{record.step}"
         )
     index = os.pread(fd, record.index_length, INDEX_START)
-    if zlib.crc32(index) != record.index_crc:
+    if isal_zlib.crc32(index) != record.index_crc:
         raise DamagedImage(f"{path}: the index does not match its crc")
     chunks = -(-record.used // CHUNK_BYTES) if has_table else 0
     table = os.pread(fd, 4 * chunks, TABLE_START)
-    if has_table and zlib.crc32(table) != record.table_crc:
+    if has_table and isal_zlib.crc32(table) != record.table_crc:
         raise DamagedImage(f"{path}: the table of {chunks} checksums does not match its crc")
     return record, index, np.frombuffer(table, dtype="<u4")

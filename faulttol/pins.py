@@ -14,11 +14,12 @@ just choosing a slot may overlook a new word; `still_there` tells, and then the 
 
 import mmap
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal import isal_zlib
 
 from .header import (
     CHUNK_BYTES,
@@ -120,7 +121,7 @@ class Pins:
         for start, length in block_ranges(total, blocks, align=BLOCK_ALIGN):
             crc = 0
             for at in range(start, start + length, CHUNK_BYTES):
-                crc = zlib.crc32(
+                crc = isal_zlib.crc32(
                     read_span(self._folder, files, at, min(CHUNK_BYTES, start + length - at)), crc
                 )
             made.append((start, length, crc))

@@ -16,12 +16,12 @@ the only slot left, that one is filled: the pinned ones are steps that all ranks
 """
 
 import mmap
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from .files import make_file, map_file
 from .header import (
@@ -54,6 +54,7 @@ class Slot:
         self._index_crc = -1  # of what lies in the index area, -1 where it is not known
         self._index_length = 0
         self._used = 0
+        self._held: tuple[int, Record | None] = -1, None  # what the header said, and at which version
 
     @staticmethod
     def create(path: str | Path, nbytes: int, *, run: str = "", kind: str = "slot") -> "Slot":
@@ -108,10 +109,13 @@ class Slot:
         """The record of the whole step that is here by its header, if there is one. Data is not looked at."""
         if self.state not in (SEALED, COMMITTED):
             return None
-        try:
-            return self._header.record()
-        except (TornImage, DamagedImage):
-            return None
+        version = self._header.version
+        if version != self._held[0]:
+            try:
+                self._held = version, self._header.record()
+            except (TornImage, DamagedImage):
+                self._held = version, None
+        return self._held[1]
 
     @property
     def step(self) -> int:
@@ -128,7 +132,7 @@ class Slot:
             )
         self._header.tear()
         self._header.state = FILLING
-        crc = zlib.crc32(index)
+        crc = isal_zlib.crc32(index)
         if (crc, len(index)) != (self._index_crc, self._index_length):
             self._map[INDEX_START : INDEX_START + len(index)] = index
             self._index_crc, self._index_length = crc, len(index)
@@ -149,7 +153,7 @@ class Slot:
         np.copyto(
             target, source
         )  # numpy and zlib let other threads run meanwhile; an assigned slice would not
-        self._table[chunk] = zlib.crc32(target.data)
+        self._table[chunk] = isal_zlib.crc32(target.data)
 
     def put_at(self, start: int, source: np.ndarray) -> None:
         """Copy any bytes here; `sum_chunk` takes the crc of a chunk when it has all of its bytes."""
@@ -158,7 +162,7 @@ class Slot:
     def sum_chunk(self, chunk: int) -> None:
         """Take the crc of a chunk as it lies here."""
         begin = chunk * CHUNK_BYTES
-        self._table[chunk] = zlib.crc32(self._bytes[begin : self.end_of(chunk)].data)
+        self._table[chunk] = isal_zlib.crc32(self._bytes[begin : self.end_of(chunk)].data)
 
     def seal(self, *, step: int, epoch: int, fingerprint: str, progress: dict[str, Any]) -> None:
         """SEALED: what was put since `begin` is whole."""
@@ -168,11 +172,12 @@ class Slot:
             used=self._used,
             index_length=self._index_length,
             index_crc=self._index_crc,
-            table_crc=zlib.crc32(self._table[: self.chunks()].data),
+            table_crc=isal_zlib.crc32(self._table[: self.chunks()].data),
             fingerprint=fingerprint,
             progress=progress,
         )
         self._header.publish(record)
+        self._held = self._header.version, record
         self._header.state = SEALED
 
     def commit(self) -> None:
@@ -211,21 +216,21 @@ class Slots:
 
     def committed(self) -> Slot | None:
         """The newest COMMITTED slot: of the latest epoch, and of its steps the latest."""
-        return self._newest(COMMITTED)
+        return _newest(self.there, COMMITTED)
 
     def sealed(self) -> Slot | None:
         """The newest slot that holds a whole step, committed or not."""
-        return self._newest(SEALED, COMMITTED)
+        return _newest(self.there, SEALED, COMMITTED)
 
     def find(self, step: int) -> Slot | None:
         """The slot of the latest epoch that holds `step`."""
-        found = [slot for slot in self.there if slot.step == step]
-        return max(found, key=_age, default=None)
+        return _find(self.there, step)
 
     def next_to_fill(self) -> Slot:
         """Any slot that holds no step, else the oldest that is neither pinned nor the newest COMMITTED."""
-        newest, pinned = self.committed(), self.pinned()[: len(self.there) - 1]
-        free = [slot for slot in self.there if slot not in pinned]
+        there = self.there  # looked for once: this is on the way of a step
+        newest, pinned = _newest(there, COMMITTED), _pinned(there)[: len(there) - 1]
+        free = [slot for slot in there if slot not in pinned]
         return min([slot for slot in free if slot is not newest] or free, key=_age)
 
     @property
@@ -243,13 +248,7 @@ class Slots:
 
     def pinned(self) -> list[Slot]:
         """Slots that are to be kept, what matters most first."""
-        kept, awaited = self.there[0].pins
-        steps = [kept, self.due]
-        if awaited >= 0:
-            committed = [slot.step for slot in self.there if slot.state == COMMITTED]
-            steps.append(first_from(awaited, committed))
-        found = [self.find(step) for step in dict.fromkeys(steps) if step >= 0]
-        return [slot for slot in found if slot is not None and slot.state == COMMITTED]
+        return _pinned(self.there)
 
     def commit(self, step: int) -> bool:
         """Mark the slot of `step` COMMITTED; False where no slot holds it any more."""
@@ -265,14 +264,28 @@ class Slots:
             if slot.step > step:
                 slot.empty()
 
-    def _newest(self, *states: str) -> Slot | None:
-        held = [slot for slot in self.there if slot.state in states and slot.holds()]
-        return max(held, key=_age, default=None)
-
 
 def first_from(awaited: int, steps: Iterable[int]) -> int:
     """The smallest of `steps` from `awaited` on, -1 where there is none."""
     return min((step for step in steps if step >= awaited), default=-1)
+
+
+def _newest(slots: Iterable[Slot], *states: str) -> Slot | None:
+    return max((slot for slot in slots if slot.state in states and slot.holds()), key=_age, default=None)
+
+
+def _find(slots: Iterable[Slot], step: int) -> Slot | None:
+    return max((slot for slot in slots if slot.step == step), key=_age, default=None)
+
+
+def _pinned(slots: Sequence[Slot]) -> list[Slot]:
+    kept, awaited = slots[0].pins
+    steps = [kept, slots[0].due]
+    if awaited >= 0:
+        committed = [slot.step for slot in slots if slot.state == COMMITTED]
+        steps.append(first_from(awaited, committed))
+    found = [_find(slots, step) for step in dict.fromkeys(steps) if step >= 0]
+    return [slot for slot in found if slot is not None and slot.state == COMMITTED]
 
 
 def _age(slot: Slot) -> tuple[int, int]:

@@ -6,11 +6,12 @@ price of a write to memory; once all of them are told, the file begins anew. Eve
 
 import json
 import logging
-import zlib
 from collections.abc import Mapping
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Untold:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = open(self._folder / UNTOLD, "ab", buffering=0)  # noqa: SIM115 (see close)
                 self._file.write(b"\n")  # behind what another one may have been killed in the middle of
-            self._file.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+            self._file.write(f"{isal_zlib.crc32(text.encode()):08x} {text}\n".encode())
         except OSError as error:
             logger.warning("step=%s its line is not kept in memory: %s", line.get("step"), error)
 
@@ -57,7 +58,7 @@ def untold_in(folder: Path, *, after: int) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         crc, _, line = text.partition(" ")
-        if crc != f"{zlib.crc32(line.encode()):08x}":
+        if crc != f"{isal_zlib.crc32(line.encode()):08x}":
             continue
         values = json.loads(line)
         before = found.get(values["step"])

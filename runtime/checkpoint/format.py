@@ -13,10 +13,11 @@ it lies. No torch here: vaults write checkpoints too.
 import hashlib
 import json
 import os
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -110,7 +111,7 @@ def read_bytes(folder: Path, chunk: Chunk) -> bytearray:
         raise DamagedCheckpoint(
             f"{path}: {chunk.length} bytes expected at {chunk.start}, {got} there: it was cut short"
         )
-    if zlib.crc32(data) != chunk.crc32:
+    if isal_zlib.crc32(data) != chunk.crc32:
         raise DamagedCheckpoint(
             f"{path}: the bytes at {chunk.start} to {chunk.start + chunk.length} have another CRC-32"
         )

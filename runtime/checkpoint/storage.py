@@ -5,7 +5,6 @@ torch's own file storage is not used because it keeps its metadata as a pickle a
 """
 
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -94,7 +94,7 @@ class FolderWriter(StorageWriter):
                     file=plan.storage_data,
                     start=file.tell(),
                     length=len(data),
-                    crc32=zlib.crc32(data),
+                    crc32=isal_zlib.crc32(data),
                 )
                 file.write(data)
                 results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))

@@ -8,7 +8,6 @@ No torch here.
 
 import math
 import os
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from isal import isal_zlib
 
 from ...faulttol.header import CHUNK_BYTES
 from ...faulttol.image import Image, PartIndex
@@ -107,7 +107,7 @@ def write_share(share: Share, folder: Path, given_up: Callable[[], bool]) -> Wro
                 stop = min(end, (position // CHUNK_BYTES + 1) * CHUNK_BYTES)  # each is verified once
                 data = piece[: stop - position]
                 image.read_into(position, data)
-                crc = zlib.crc32(data.data, crc)
+                crc = isal_zlib.crc32(data.data, crc)
                 _write_all(file.fileno(), data)
                 position = stop
                 unwritten += len(data)

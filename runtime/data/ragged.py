@@ -4,13 +4,13 @@
 """
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +59,7 @@ class Ragged:
 
     def crc32(self) -> int:
         """A checksum of the rows and of where each one ends."""
-        return zlib.crc32(self.offsets.data, zlib.crc32(np.ascontiguousarray(self.values).data))
+        return isal_zlib.crc32(self.offsets.data, isal_zlib.crc32(np.ascontiguousarray(self.values).data))
 
     def content_keys(self) -> npt.NDArray[np.uint64]:
         """A 64-bit hash of every row's bytes: uint64 [n]."""
