@@ -43,8 +43,9 @@ NODES = ("node", "raylet", "node in a round", "node and a rank in the recovery")
 class Losses:
     """Takes something away from a run, and returns when it is whole again."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, draw: random.Random) -> None:
-        self._cluster, self._dir, self._draw = cluster, run_dir, draw
+    def __init__(self, cluster: Cluster, run_dir: Path, draw: random.Random, *, twins: bool) -> None:
+        """`twins`: every rank has another with the same state, on another node."""
+        self._cluster, self._dir, self._draw, self._twins = cluster, run_dir, draw, twins
         self._since = 0  # what is protected of later steps outlived the last loss
 
     def of(self, what: str) -> None:
@@ -103,7 +104,7 @@ class Losses:
         vaults = sum(bool(self._cluster.vaults(node)) for node in range(self._cluster.count))
         raylet, verdicts = self._cluster.raylet(number), len(events(self._dir, "verdict"))
         processes = self._cluster.processes(number)
-        with self._recovery(("parity" if vaults > 2 else "peer",)):
+        with self._recovery(("parity" if vaults > 2 and not self._twins else "peer",)):
             if "round" in what:
                 wait_until(lambda: awaits_step(self._dir), RECOVERS_S, "a round")
             for pid in [raylet] if what == "raylet" and raylet is not None else processes:
@@ -157,7 +158,7 @@ def test_a_run_bears_one_loss_after_the_other(
     endless = ("run.steps=1000000", "snapshot.spares=4")
     command = bench.start("train", small, f"run.dir={run_dir}", join(bench, cluster), *options, *endless)
     first_protected(run_dir)
-    losses = Losses(cluster, run_dir, draw)
+    losses = Losses(cluster, run_dir, draw, twins=layout == "replicated")
     planned = [draw.choice(PROCESSES), draw.choice(NODES), draw.choice(PROCESSES), draw.choice(NODES[:3])]
     for what in planned:
         print(f"{what}, after step {lines(run_dir / 'metrics.jsonl')[-1]['step']}")
