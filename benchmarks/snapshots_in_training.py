@@ -138,7 +138,7 @@ def report(lines: list[dict[str, Any]], args: argparse.Namespace, arena_bytes: i
         steps = [line["step_time_s"] for line in lines[start : start + args.block]]
         kinds[is_on(start + 1, args.block)].append(statistics.median(steps))
     ratios = [on / off for off, on in zip(kinds[False][1:], kinds[True][1:], strict=True)]
-    settled = lines[2 * args.block :]
+    settled = lines[2 * args.block : -1]  # the last step also writes the run's checkpoint
     # the first step of a block has no copy behind it
     copied = [
         line["snapshot_stall_s"]
