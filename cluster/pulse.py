@@ -34,10 +34,11 @@ class Pulse:
     """
 
     def __init__(self) -> None:
-        self._heard: dict[str, float] = {}  # node -> when somebody there answered
+        self._heard: dict[str, float] = {}  # node -> when somebody there answered, or nobody could be heard
+        self._alive: dict[str, float] = {}  # node -> when the last question was asked that was answered
         self._broken: set[str] = set()  # nodes with a broken connection since then
         self._vault_until: dict[str, float] = {}  # node -> until then its vault need not answer
-        self._asked: dict[Any, tuple[str, Any]] = {}  # reference -> node and who was asked
+        self._asked: dict[Any, tuple[str, Any, float]] = {}  # reference -> node, who was asked and when
         self._next: dict[str, float] = {}  # node -> when its vault is asked again
         self._looked = 0.0
 
@@ -58,10 +59,10 @@ class Pulse:
             silent_s = now - self._heard.setdefault(node, now)
             if now >= self._next.get(node, now):
                 self._next[node] = now + ASK_EVERY_S
-                self._ask(node, vault, "following")
+                self._ask(node, vault, "following", now)
             if silent_s > SUSPECT_S:
                 for worker in ranks.get(node, ()):
-                    self._ask(node, worker, "place")
+                    self._ask(node, worker, "place", now)
             if silent_s > (BROKEN_S if node in self._broken else SILENT_S):
                 lost.append(node)
             elif now > self._vault_until.setdefault(node, now + STUCK_S) and silent_s <= SUSPECT_S:
@@ -75,27 +76,30 @@ class Pulse:
         return any(self._looked - self._heard.get(node, self._looked) > SUSPECT_S / 2 for node in nodes)
 
     def heard_since(self, node: str, since: float) -> bool:
-        """Whether somebody there has answered after that time."""
-        return self._heard.get(node, since) > since
+        """Whether somebody there has answered what was asked after that time. An answer that is found after
+        it may be of a node that was lost before.
+        """
+        return self._alive.get(node, since) > since
 
     def forget(self, node: str) -> None:
         """A node that is gone."""
         self._heard.pop(node, None)
+        self._alive.pop(node, None)
         self._next.pop(node, None)
         self._vault_until.pop(node, None)
         self._broken.discard(node)
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked[0] != node}
 
-    def _ask(self, node: str, actor: Any, what: str) -> None:
-        if not any(asked is actor for _, asked in self._asked.values()):
-            self._asked[getattr(actor, what).remote()] = node, actor
+    def _ask(self, node: str, actor: Any, what: str, now: float) -> None:
+        if not any(asked is actor for _, asked, _ in self._asked.values()):
+            self._asked[getattr(actor, what).remote()] = node, actor, now
 
     def _hear(self, now: float, vaults: Mapping[str, Any]) -> dict[str, set[int]]:
         watched: dict[str, set[int]] = {}
         if not self._asked:
             return watched
         for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0]:
-            node, who = self._asked.pop(ref)
+            node, who, asked_at = self._asked.pop(ref)
             try:
                 answer = ray.get(ref)
             except RayError:  # started again, or its node is gone: then Ray may also have nowhere to start it
@@ -104,6 +108,7 @@ class Pulse:
                     self._vault_until[node] = now + ANEW_S
                 continue
             self._heard[node] = now
+            self._alive[node] = max(asked_at, self._alive.get(node, asked_at))
             self._broken.discard(node)
             if isinstance(answer, set):
                 watched[node] = answer

@@ -1,10 +1,12 @@
 """A bench for every test: real commands, and a check after each that nothing of them is left."""
 
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import Bench
+from commands import Bench, Command
 
 SMALL = """
 [run]
@@ -107,6 +109,30 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         assert made.left_behind() == []
     finally:
         made.close()
+
+
+@pytest.fixture
+def driver(bench: Bench, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Starts a program in the bench's environment: a user's driver with a Ray of its own."""
+    bench.env |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(bench.short / "ray"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    (bench.short / "ray").mkdir()
+    started: list[Command] = []
+
+    def program(*args: str | Path) -> Command:
+        started.append(Command((sys.executable, *map(str, args)), cwd=tmp_path, env=bench.env))
+        return started[-1]
+
+    yield program
+    for command in started:
+        command.close()
+    # Ray keeps the logs of a session that is over, and its dashboard's processes a folder each
+    for path in (bench.short / "ray", *bench.short.glob("pymp-*")):
+        shutil.rmtree(path)
 
 
 @pytest.fixture
