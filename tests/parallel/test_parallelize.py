@@ -14,7 +14,7 @@ from rayfold.models.llama_config import LlamaShape
 from rayfold.parallel.collectives import gather_json, share_json, sum_over
 from rayfold.parallel.initial import fill
 from rayfold.parallel.layout import Layout
-from rayfold.parallel.mesh import make_mesh
+from rayfold.parallel.mesh import Axis, make_mesh
 from rayfold.parallel.parallelize import Workings, build_module, parallelize, start_numbers
 from rayfold.parallel.recompute import apply_recompute
 from rayfold.parallel.shard import blocks_of
@@ -35,6 +35,13 @@ def test_json_reaches_every_rank_in_order(value: Any) -> None:
         return gather_json([world.rank, value if world.rank == 1 else 0], world, CPU)
 
     assert run_ranks(3, on_rank) == [[[0, 0], [1, value], [2, 0]]] * 3
+
+
+def test_a_rank_alone_exchanges_nothing_and_gets_what_it_would_from_others() -> None:
+    """No group is there to do it by: gloo's threads would slow down all operators from then on."""
+    assert not dist.is_initialized()
+    alone = Axis(name="world", size=1, rank=0)
+    assert gather_json({"a": (1, 2), 3: "x" * 100_000}, alone, CPU) == [{"a": [1, 2], "3": "x" * 100_000}]
 
 
 def test_json_of_one_rank_reaches_all() -> None:
