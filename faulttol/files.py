@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from .header import HEADER_BYTES, PAGE_BYTES, DamagedImage, Header, decode_static
-from .hugepages import allocate
 
 
 def make_file(path: Path, nbytes: int, *, kind: str, run: str, state: str) -> None:
@@ -15,7 +14,7 @@ def make_file(path: Path, nbytes: int, *, kind: str, run: str, state: str) -> No
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        allocate(fd, HEADER_BYTES + nbytes)
+        os.posix_fallocate(fd, 0, HEADER_BYTES + nbytes)
         with mmap.mmap(fd, HEADER_BYTES) as mapping:
             header = Header(mapping, str(path))
             header.initialise(kind, run, state)
@@ -29,9 +28,7 @@ def make_file(path: Path, nbytes: int, *, kind: str, run: str, state: str) -> No
 
 def map_file(path: Path, *, populate: bool) -> tuple[mmap.mmap, str, str]:
     """Map a file for its writer; its kind and run key. With `populate` all of its pages are present at once,
-    which takes 0.2 s a gigabyte where they are small ones; else each is at its first use.
-
-    Raises DamagedImage, OSError.
+    which takes 0.2 s a gigabyte; else each is at its first use. Raises DamagedImage, OSError.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
