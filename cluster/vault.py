@@ -229,7 +229,7 @@ class Vaults:
         return self._pulse.in_doubt(node for node in self._actors if node != self._own_node)
 
     def heard_since(self, node: str, since: float) -> bool:
-        """Whether somebody on the node has answered what was asked after that time, or none there is asked."""
+        """Whether somebody there has answered what was asked after that time, or nobody there is asked."""
         return node not in self._actors or node == self._own_node or self._pulse.heard_since(node, since)
 
     def abandon(self, node: str) -> None:
