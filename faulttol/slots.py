@@ -246,10 +246,6 @@ class Slots:
         """As `Slot.forget_due`."""
         self.there[0].forget_due()
 
-    def pinned(self) -> list[Slot]:
-        """Slots that are to be kept, what matters most first."""
-        return _pinned(self.there)
-
     def commit(self, step: int) -> bool:
         """Mark the slot of `step` COMMITTED; False where no slot holds it any more."""
         slot = self.find(step)
@@ -279,6 +275,7 @@ def _find(slots: Iterable[Slot], step: int) -> Slot | None:
 
 
 def _pinned(slots: Sequence[Slot]) -> list[Slot]:
+    """Those that are to be kept, what matters most first."""
     kept, awaited = slots[0].pins
     steps = [kept, slots[0].due]
     if awaited >= 0:
