@@ -78,9 +78,12 @@ def test_of_racing_processes_one_bump_wins(store: dist.TCPStore) -> None:
     """Two controllers after a partition are two processes."""
     fork = multiprocessing.get_context("fork")
     outcomes = fork.Queue()
-    start = fork.Barrier(4)
+    born, start = fork.Barrier(4), fork.Barrier(4)
 
     def race() -> None:
+        born.wait(
+            TIMEOUT.seconds
+        )  # the store's thread serves nobody, and holds no lock, while others are forked
         own = client(store.port)
         start.wait(TIMEOUT.seconds)
         outcomes.put([wins(own, expected) for expected in range(ROUNDS)])
