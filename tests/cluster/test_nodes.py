@@ -5,7 +5,9 @@ The nodes are Ray nodes of this machine, each with an address, processes and a f
 
 import itertools
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,22 +71,37 @@ def protected(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("losses", [1, pytest.param(2, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    ("losses", "seed"),
+    [
+        pytest.param(losses, seed, marks=[pytest.mark.campaign] if losses > 1 or seed > 2 else [])
+        for losses in (1, 2)
+        for seed in range(20)
+    ],
+)
 @pytest.mark.timeout(900)
 def test_lost_nodes_of_three_are_made_up_for_from_parity_and_then_from_a_copy(
-    cluster: Cluster, bench: Bench, small: Path, run_dir: Path, undisturbed: Callable[..., Path], losses: int
+    cluster: Cluster,
+    bench: Bench,
+    small: Path,
+    run_dir: Path,
+    undisturbed: Callable[..., Path],
+    losses: int,
+    seed: int,
 ) -> None:
-    """SIGKILL of all processes of a node: XOR of the others' blocks has what it held. The two nodes that are
-    left hold copies of each other from then on, so the second may be lost too.
+    """SIGKILL of all processes of a drawn node at a drawn moment: XOR of the others' blocks has what it held.
+    The two nodes that are left hold copies of each other from then on, so the second may be lost too.
     """
+    draw = random.Random(seed)
     cluster.complete(3)
     steps = LONG if losses > 1 else f"run.steps={STEPS}"
     command = start(bench, small, run_dir, 3, join(bench, cluster), steps, f"snapshot.spares={3 * losses}")
     first_protected(run_dir)
-    reached(run_dir, 12)
+    reached(run_dir, 8 + draw.randrange(16))
+    time.sleep(0.2 * draw.random())  # somewhere in a step, and in a round
     (formed,) = events(run_dir, "formed")
     assert len(set(formed["nodes"])) == 3
-    rank = kill_rank_and_node(cluster, formed)
+    rank = kill_rank_and_node(cluster, formed, which=draw.randrange(2))
     if losses > 1:
         wait_until(lambda: events(run_dir, "restored"), RECOVERS_S, "a recovery")
         protected_since(run_dir, events(run_dir, "restored")[0]["from_step"])
@@ -150,9 +167,10 @@ def test_a_lost_node_of_two_is_made_up_for_from_its_copy(
     assert cluster.workers() == []
 
 
-def kill_rank_and_node(cluster: Cluster, formed: dict[str, Any]) -> int:
+def kill_rank_and_node(cluster: Cluster, formed: dict[str, Any], *, which: int = 0) -> int:
     """Kill a node that has a rank and is not the head, where controller and command are; the rank."""
-    rank, number = next((r, n) for r, n in enumerate(map(cluster.node_of, formed["pids"])) if n)
+    found = [(r, n) for r, n in enumerate(map(cluster.node_of, formed["pids"])) if n]
+    rank, number = found[which]
     cluster.kill(number)
     return rank
 

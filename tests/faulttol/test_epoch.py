@@ -81,9 +81,8 @@ def test_of_racing_processes_one_bump_wins(store: dist.TCPStore) -> None:
     born, start = fork.Barrier(4), fork.Barrier(4)
 
     def race() -> None:
-        born.wait(
-            TIMEOUT.seconds
-        )  # the store's thread serves nobody, and holds no lock, while others are forked
+        # the store's thread serves nobody, and holds no lock, while others are forked
+        born.wait(TIMEOUT.seconds)
         own = client(store.port)
         start.wait(TIMEOUT.seconds)
         outcomes.put([wins(own, expected) for expected in range(ROUNDS)])
