@@ -152,7 +152,7 @@ class Slot:
         target = self._bytes[begin : self.end_of(chunk)]
         np.copyto(
             target, source
-        )  # numpy and zlib let other threads run meanwhile; an assigned slice would not
+        )  # numpy and the sum let other threads run meanwhile; an assigned slice would not
         self._table[chunk] = isal_zlib.crc32(target.data)
 
     def put_at(self, start: int, source: np.ndarray) -> None:
